@@ -1,0 +1,209 @@
+// Package backends is the contract between Flocker and a storage system.
+//
+// A backend creates block volumes and makes them appear on a node as a block
+// device. It never formats, never mounts and never decides who may have a
+// volume: ownership is settled before a backend is called, and policy (what to
+// retry, when to give up, whether a repeated call is fine) is the driver's.
+//
+// The contract is executable: backendtest.Run is its long form, and every
+// backend runs it.
+package backends
+
+import (
+	"context"
+	"errors"
+	"fmt"
+)
+
+// Class says what keeps a node that is no longer the owner from writing, and so
+// what may be done when an owner is dead.
+type Class string
+
+// The classes, from docs/design.md.
+const (
+	// ClassExclusive (F1): the storage lets one node attach a volume at a time.
+	ClassExclusive Class = "F1"
+	// ClassFenced (F2): the storage can cut a named node off on demand.
+	ClassFenced Class = "F2"
+	// ClassNodeFence (F3): only switching a node off stops it.
+	ClassNodeFence Class = "F3"
+	// ClassNone (F0): nothing can stop a node; takeover needs an operator.
+	ClassNone Class = "F0"
+)
+
+// Properties are the facts about a backend. They do not change while it runs.
+type Properties struct {
+	// Name is what users write after -o backend=.
+	Name string
+	// Class says what fences a former owner.
+	Class Class
+	// AllocationUnit is what volume sizes are rounded up to, in bytes.
+	AllocationUnit int64
+	// MinSize and MaxSize bound a volume's size in bytes; MaxSize 0 is no bound.
+	MinSize, MaxSize int64
+	// CheapAttach says that attaching costs about as much as mounting, so that an
+	// idle volume is detached at once instead of lingering attached.
+	CheapAttach bool
+	// ExclusiveAttach says that Attach refuses a volume which another node has
+	// attached. It does not make the backend a fence: see Class.
+	ExclusiveAttach bool
+	// Options are the backend's own create options, besides those every volume has.
+	Options []Option
+}
+
+// CreateRequest asks for a new volume.
+type CreateRequest struct {
+	// ID is the dataset's UUID and the idempotency key: two requests with one ID
+	// make one volume.
+	ID string
+	// Name is the dataset's name, for people who look at the storage system.
+	Name string
+	// Cluster is the UUID of the Flocker cluster the volume is tagged with. A
+	// backend never shows or touches volumes of another cluster.
+	Cluster string
+	// Size is in bytes, already within Properties' bounds.
+	Size int64
+	// Profile is what the user wrote after -o profile=; empty is the default.
+	Profile string
+	// Options holds the values for Properties.Options, validated.
+	Options map[string]string
+}
+
+// Volume is a volume as the storage system has it.
+type Volume struct {
+	// Ref names the volume in the storage system. It is opaque, non-empty and
+	// stable for the volume's life.
+	Ref string
+	// ID, Cluster and Name are the tags given at creation.
+	ID, Cluster, Name string
+	// Size is the usable size in bytes: the requested one, rounded up.
+	Size int64
+}
+
+// Attachment is one volume made available to one node under one ownership token.
+type Attachment struct {
+	// ID is the storage system's own name for this attachment; it may be empty
+	// where there is none.
+	ID string `json:"id,omitempty"`
+	// Ref names the volume.
+	Ref string `json:"ref"`
+	// Volume is the dataset's UUID.
+	Volume string `json:"volume"`
+	// Node is the node it is attached to.
+	Node string `json:"node"`
+	// Token is the ownership token it was made under.
+	Token int64 `json:"token"`
+	// Device is the block device on Node, an absolute path. It was found by asking
+	// the kernel or the device, never by guessing a name, and may differ after the
+	// next attach.
+	Device string `json:"device"`
+}
+
+// AttachRequest asks for a volume to be attached to the node this backend
+// instance was made for.
+type AttachRequest struct {
+	Ref    string
+	Volume string // the dataset's UUID
+	Token  int64
+}
+
+// A Backend stores volumes. One instance serves one node. Calls for different
+// volumes may run at the same time, and so may calls for one volume from
+// different nodes; every call is idempotent, because after a crash or a lost
+// reply it is made again. A call returns when what it promises can be seen,
+// not when it was accepted, and leaves nothing running behind.
+//
+// Errors match (errors.Is) one of the classes below where one fits, and name
+// what is missing in words for the user.
+type Backend interface {
+	Properties() Properties
+
+	// Create makes a volume, or returns the one that has this ID already. It MUST
+	// return ErrExists if that one has another size. A cancelled or failed Create
+	// leaves nothing, or something the next Create with the same ID takes over.
+	Create(ctx context.Context, req CreateRequest) (Volume, error)
+
+	// Delete destroys a volume and its data. ErrNotFound if there is none,
+	// ErrInUse if it is attached anywhere the backend can see.
+	Delete(ctx context.Context, ref string) error
+
+	// Get returns one volume. ErrNotFound only if the storage system said so;
+	// ErrUnavailable if it could not be asked.
+	Get(ctx context.Context, ref string) (Volume, error)
+
+	// List returns every volume of this cluster, in no order, never partially.
+	List(ctx context.Context) ([]Volume, error)
+
+	// Attach makes the volume a block device on this node. Attached here already
+	// under the same token: the same Attachment. Under another token, or on
+	// another node where Properties.ExclusiveAttach: *AttachedError. It MUST NOT
+	// take a volume away from anybody.
+	Attach(ctx context.Context, req AttachRequest) (Attachment, error)
+
+	// Detach removes exactly that attachment; nil if it is gone already, and
+	// another attachment of the same volume (other node, other token) MUST be left
+	// alone. A device somebody still holds open or mounted is ErrInUse, and stays
+	// attached. When Detach has returned nil, the device is gone.
+	Detach(ctx context.Context, att Attachment) error
+
+	// Attachments returns what is attached to this node now, from the kernel's or
+	// the storage system's own state, never from memory or files of the backend.
+	Attachments(ctx context.Context) ([]Attachment, error)
+}
+
+// A Resizer can grow a volume. Growing to the present size or less is a no-op
+// that returns the present size.
+type Resizer interface {
+	Resize(ctx context.Context, ref string, size int64) (newSize int64, err error)
+}
+
+// The error classes. Compare with errors.Is.
+var (
+	// ErrNotFound: the storage system says there is no such volume.
+	ErrNotFound = errors.New("not found")
+	// ErrExists: there is one with the same ID, and it is different.
+	ErrExists = errors.New("already exists")
+	// ErrInvalid: the request can never succeed as it is.
+	ErrInvalid = errors.New("invalid")
+	// ErrInUse: somebody has it open or attached.
+	ErrInUse = errors.New("in use")
+	// ErrUnavailable: the storage system could not be asked, or is out of space or
+	// devices; the same request may succeed later.
+	ErrUnavailable = errors.New("unavailable")
+)
+
+// AttachedError says where, and under which token, a volume is attached. It
+// matches ErrInUse.
+type AttachedError struct {
+	Volume string
+	Node   string // empty if the backend cannot tell
+	Token  int64
+}
+
+func (e *AttachedError) Error() string {
+	node := e.Node
+	if node == "" {
+		node = "another node"
+	}
+	return fmt.Sprintf("volume %s is attached to %s", e.Volume, node)
+}
+
+// Is makes an AttachedError an ErrInUse.
+func (e *AttachedError) Is(target error) bool { return target == ErrInUse }
+
+// As returns b, or the first backend below its wrappers, as a T. A wrapper has
+// a method Unwrap() Backend.
+func As[T any](b Backend) (T, bool) {
+	for b != nil {
+		if t, ok := b.(T); ok {
+			return t, true
+		}
+		w, ok := b.(interface{ Unwrap() Backend })
+		if !ok {
+			break
+		}
+		b = w.Unwrap()
+	}
+	var none T
+	return none, false
+}

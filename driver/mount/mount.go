@@ -1,0 +1,91 @@
+// Package mount formats, checks, mounts and closes filesystems on block devices.
+// It is the only place of the program, with backends that must talk to the
+// kernel, that makes such system calls.
+package mount
+
+import (
+	"context"
+	"errors"
+	"os"
+)
+
+// Spec says which filesystem to mount where.
+type Spec struct {
+	// Device is the block device.
+	Device string
+	// FS is ext4, xfs or btrfs.
+	FS string
+	// UUID is what the filesystem's UUID must be: the dataset's id.
+	UUID string
+	// Options are extra mount options as the user wrote them, comma separated.
+	Options string
+	// Target is the directory to mount on. It is made, root-owned, mode 0000 and
+	// immutable where the filesystem below allows, so that nothing can be written
+	// to it while nothing is mounted.
+	Target string
+}
+
+// FormatSpec says how to make a filesystem.
+type FormatSpec struct {
+	Device, FS, UUID string
+	// Label is shortened to what the filesystem allows.
+	Label string
+	// Options are extra words for mkfs as the user wrote them, split on blanks.
+	Options string
+}
+
+// Owner is what the served directory of a new filesystem gets.
+type Owner struct {
+	UID, GID int
+	Mode     os.FileMode // permission bits, 0 for the default 0755
+}
+
+// The error classes. Compare with errors.Is.
+var (
+	// ErrBusy: somebody has the filesystem mounted or the device open.
+	ErrBusy = errors.New("busy")
+	// ErrIdentity: the device does not carry the expected filesystem.
+	ErrIdentity = errors.New("not the expected filesystem")
+	// ErrNotBlank: a device that should be blank is not, and is not formatted.
+	ErrNotBlank = errors.New("not blank")
+	// ErrUnsupported: the machine cannot do it, such as a missing mkfs.
+	ErrUnsupported = errors.New("not supported here")
+)
+
+// DataDir is the sub-directory of each filesystem that containers get. A
+// filesystem's root has lost+found in it, which stops Docker's copy-up and the
+// initialisation of most databases.
+const DataDir = "data"
+
+// A Mounter does what the driver needs of the kernel. System is the real one,
+// Fake the one for tests.
+type Mounter interface {
+	// Format makes a filesystem with the given UUID. The caller knows by record
+	// that the device was never formatted; Format only ever vetoes: it reads the
+	// first and the last MiB and returns ErrNotBlank unless they are zeros or an
+	// interrupted Format of the same UUID.
+	Format(ctx context.Context, spec FormatSpec) error
+
+	// Mount checks that the device carries the filesystem UUID (ErrIdentity if
+	// not), runs the filesystem's check where its superblock asks for one, mounts
+	// it on spec.Target, grows it to the device's size, and makes spec.Target's
+	// DataDir with owner if there is none yet. Mounted there already from the same
+	// device: nil. A failed Mount leaves nothing mounted. warnings are for the
+	// log: what was left undone without harm, such as a growth the kernel refused.
+	Mount(ctx context.Context, spec Spec, owner Owner) (warnings []string, err error)
+
+	// Mounted returns the device mounted on target in this process's mount
+	// namespace, or "" if nothing is. It trusts /proc/self/mountinfo only.
+	Mounted(target string) (device string, err error)
+
+	// Unmount writes everything back and unmounts target, never lazily and never
+	// by force: ErrBusy if somebody in this mount namespace uses it. nil if nothing
+	// is mounted there. The bare directory is removed when it was the last mount.
+	Unmount(ctx context.Context, target string) error
+
+	// Close proves that nobody has the device open or mounted, in any mount
+	// namespace: it opens it exclusively (O_EXCL), checks that it has no holders,
+	// flushes it, and lets go. ErrBusy if not so within a short wait for mount
+	// namespaces of ended processes to go. `umount` returning 0 proves nothing.
+	Close(ctx context.Context, device string) error
+}

@@ -1,0 +1,188 @@
+// Package ownership keeps the map from datasets to the nodes that own them.
+//
+// Authority and liveness are different keys. own/<vid> is authority: it is on no
+// lease, is written only when authority changes, and its mod revision is the
+// fencing token. live/<nid> is liveness: it is on its node's lease, and its
+// absence means "not heard from", never "has stopped writing".
+//
+// Every decision is a transaction's compare, never a read. Every write carries an
+// operation id; after an error or a failed compare the key is read again, and if
+// it carries our operation id the write has happened (the etcd client may send a
+// write twice).
+package ownership
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+)
+
+// Node is one host's identity.
+type Node struct {
+	// ID is a UUID made once and kept on the host's disk.
+	ID string `json:"id"`
+	// Host is the name people know it by.
+	Host string `json:"host"`
+	// Boot is the kernel's boot id: everything mounted is gone when it changes.
+	Boot string `json:"boot"`
+	// Session is random for each start of the process.
+	Session string `json:"session,omitempty"`
+	// State is empty for a node in service; cordoned, lost or removed otherwise.
+	State string `json:"state,omitempty"`
+}
+
+// Phase is where a volume is in its life.
+type Phase string
+
+// The phases of a volume.
+const (
+	PhaseCreating    Phase = "creating"
+	PhaseReady       Phase = "ready"
+	PhaseDeleting    Phase = "deleting"
+	PhaseQuarantined Phase = "quarantined"
+)
+
+// Volume is what the cluster wants of a dataset: the value of vol/<vid>.
+type Volume struct {
+	ID        string            `json:"id"`
+	Name      string            `json:"name"`
+	Backend   string            `json:"backend"`
+	Ref       string            `json:"ref,omitempty"` // set when ready
+	Size      int64             `json:"size"`
+	FS        string            `json:"fs"`
+	Mkfs      string            `json:"mkfs,omitempty"`
+	Mount     string            `json:"mount,omitempty"`
+	UID       int               `json:"uid"`
+	GID       int               `json:"gid"`
+	Mode      uint32            `json:"mode,omitempty"`
+	Profile   string            `json:"profile,omitempty"`
+	Options   map[string]string `json:"options,omitempty"` // the backend's own
+	Labels    map[string]string `json:"labels,omitempty"`
+	Phase     Phase             `json:"phase"`
+	Reason    string            `json:"reason,omitempty"` // of a quarantine
+	Formatted bool              `json:"formatted"`
+	Created   time.Time         `json:"created"`
+	Op        string            `json:"op,omitempty"`
+
+	// Revision is the key's mod revision; the compare of the next write.
+	Revision int64 `json:"-"`
+}
+
+// Owner is who has authority over a volume: the value of own/<vid>.
+type Owner struct {
+	Volume string `json:"volume"`
+	Node   string `json:"node"`
+	Host   string `json:"host"`
+	Boot   string `json:"boot"`
+	Op     string `json:"op"`
+	// From is the node that handed over, and Clean that it proved the filesystem
+	// closed before.
+	From  string `json:"from,omitempty"`
+	Clean bool   `json:"clean,omitempty"`
+	// Pending is set while a takeover's fence is not yet verified: the volume must
+	// not be attached then.
+	Pending *Pending `json:"pending,omitempty"`
+
+	// Token is the fencing token: the key's mod revision, fixed for the tenure.
+	Token int64 `json:"-"`
+}
+
+// Pending is whom a takeover has to fence, captured when it was recorded.
+type Pending struct {
+	Node       string `json:"node"`
+	Boot       string `json:"boot"`
+	Token      int64  `json:"token"`
+	Attachment string `json:"attachment,omitempty"`
+}
+
+// Request is a node's wish for a volume another one owns: req/<owner>/<vid>/<nid>.
+type Request struct {
+	Volume string    `json:"volume"`
+	Owner  string    `json:"owner"`
+	Node   string    `json:"node"`
+	Host   string    `json:"host"`
+	Since  time.Time `json:"since"`
+	Op     string    `json:"op"`
+	// Purpose is "mount" or "remove", for the owner's log and the error texts.
+	Purpose string `json:"purpose"`
+
+	// Revision is the key's create revision: the oldest is served first.
+	Revision int64 `json:"-"`
+}
+
+// Reply is what the owner last said to a request: rep/<requester>/<vid>.
+type Reply struct {
+	Volume string `json:"volume"`
+	Node   string `json:"node"` // the owner
+	Host   string `json:"host"`
+	// Busy means that containers use the volume; Containers are their names, as
+	// far as Docker told.
+	Busy       bool     `json:"busy"`
+	Containers []string `json:"containers,omitempty"`
+	// Detail is one sentence where there is more to say, such as a detach that
+	// fails.
+	Detail string `json:"detail,omitempty"`
+}
+
+// View is everything the map says about one volume at one revision.
+type View struct {
+	Volume Volume
+	// Owner is nil when the volume is free.
+	Owner *Owner
+	// OwnerLive says that the owner's liveness key is there.
+	OwnerLive bool
+	// Waiting are the requests to the owner, oldest first.
+	Waiting []Request
+}
+
+// The error classes. Compare with errors.Is.
+var (
+	// ErrNotFound: there is no such volume.
+	ErrNotFound = errors.New("no such volume")
+	// ErrUnavailable: etcd could not be asked, or this node's lease is not valid;
+	// nothing is known and nothing was decided.
+	ErrUnavailable = errors.New("ownership cannot be checked")
+	// ErrConflict: the compare failed; somebody else changed the key. Read again.
+	ErrConflict = errors.New("changed by another node")
+	// ErrLost: the token is no longer the volume's; this node is not its owner.
+	ErrLost = errors.New("no longer the owner")
+)
+
+// HeldError says who owns a volume that could not be claimed or deleted.
+type HeldError struct {
+	Volume Volume
+	Owner  Owner
+	// Live says that the owner's liveness key is there.
+	Live bool
+}
+
+func (e *HeldError) Error() string {
+	if !e.Live {
+		return fmt.Sprintf("volume %s is owned by host %s, which has not been heard from", e.Volume.Name, e.Owner.Host)
+	}
+	return fmt.Sprintf("volume %s is owned by host %s", e.Volume.Name, e.Owner.Host)
+}
+
+// BusyError says that the owner refused to hand over within the time allowed.
+type BusyError struct {
+	Volume string
+	Reply  Reply
+	Waited time.Duration
+}
+
+func (e *BusyError) Error() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "volume %s is in use on host %s", e.Volume, e.Reply.Host)
+	switch len(e.Reply.Containers) {
+	case 0:
+	case 1:
+		fmt.Fprintf(&b, " by container %s", e.Reply.Containers[0])
+	default:
+		fmt.Fprintf(&b, " by containers %s", strings.Join(e.Reply.Containers, ", "))
+	}
+	if e.Reply.Detail != "" {
+		fmt.Fprintf(&b, " (%s)", e.Reply.Detail)
+	}
+	return b.String()
+}
