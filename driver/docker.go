@@ -1,0 +1,65 @@
+package driver
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/docker/docker/api/types/container"
+	"github.com/docker/docker/api/types/filters"
+	"github.com/docker/docker/client"
+)
+
+// dockerLimit bounds one question to the Engine, negotiation included. An Engine
+// that is starting does not answer before we do.
+const dockerLimit = 2 * time.Second
+
+// Engine asks the Docker Engine of this host through its unix socket.
+//
+// It keeps no connection and no API version between two questions, because the
+// Engine may be restarted, upgraded or absent at any of them.
+type Engine struct{ socket string }
+
+var _ Docker = (*Engine)(nil)
+
+// NewEngine returns the Engine that listens on socket, an absolute path. Nothing
+// need be there yet.
+func NewEngine(socket string) *Engine { return &Engine{socket: socket} }
+
+// Using returns the containers that are running, paused or restarting and have a
+// volume of this name. The error says which socket did not answer.
+func (e *Engine) Using(ctx context.Context, volume string) ([]Container, error) {
+	ctx, cancel := context.WithTimeout(ctx, dockerLimit)
+	defer cancel()
+	// Never a fixed version: engines refuse those they have retired.
+	api, err := client.NewClientWithOpts(
+		client.WithHost("unix://"+e.socket), client.WithAPIVersionNegotiation())
+	if err != nil {
+		return nil, fmt.Errorf("ask Docker on %s: %w", e.socket, err)
+	}
+	defer api.Close() //nolint:errcheck // it only closes idle connections
+
+	found, err := api.ContainerList(ctx, container.ListOptions{Filters: filters.NewArgs(
+		filters.Arg("volume", volume),
+		filters.Arg("status", container.StateRunning),
+		filters.Arg("status", container.StatePaused),
+		filters.Arg("status", container.StateRestarting),
+	)})
+	if err != nil {
+		return nil, fmt.Errorf("ask Docker on %s which containers use volume %s: %w", e.socket, volume, err)
+	}
+	using := make([]Container, 0, len(found))
+	for _, c := range found {
+		one := Container{ID: c.ID, Name: c.ID[:min(12, len(c.ID))], State: c.State}
+		for _, name := range c.Names {
+			// "/web" is the container's own name; "/other/db" is what a link calls it.
+			if name = strings.TrimPrefix(name, "/"); name != "" && !strings.Contains(name, "/") {
+				one.Name = name
+				break
+			}
+		}
+		using = append(using, one)
+	}
+	return using, nil
+}
