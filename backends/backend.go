@@ -172,6 +172,15 @@ var (
 	ErrUnavailable = errors.New("unavailable")
 )
 
+// Classify returns err with its text as it is, matching class as well. It is for
+// errors whose text is already a whole sentence for the user.
+func Classify(class, err error) error { return &classified{class, err} }
+
+type classified struct{ class, err error }
+
+func (e *classified) Error() string   { return e.err.Error() }
+func (e *classified) Unwrap() []error { return []error{e.err, e.class} }
+
 // AttachedError says where, and under which token, a volume is attached. It
 // matches ErrInUse.
 type AttachedError struct {

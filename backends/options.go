@@ -236,7 +236,7 @@ func validate(noun string, options []Option, values map[string]string) error {
 		o, ok := find(options, key)
 		if !ok {
 			problem := fmt.Sprintf("unknown %s %s", noun, quoteOdd(key))
-			if near := nearest(options, key); near != "" {
+			if near := Nearest(options, key); near != "" {
 				problem += fmt.Sprintf("; did you mean %s?", near)
 			}
 			problems = append(problems, problem)
@@ -263,14 +263,8 @@ func validate(noun string, options []Option, values map[string]string) error {
 		problems = append(problems, valid)
 	}
 	text := strings.ReplaceAll(strings.Join(problems, "; "), "?;", "?")
-	return &invalidError{text}
+	return Classify(ErrInvalid, errors.New(text))
 }
-
-// invalidError is an ErrInvalid whose text is for users as it is.
-type invalidError struct{ text string }
-
-func (e *invalidError) Error() string        { return e.text }
-func (e *invalidError) Is(target error) bool { return target == ErrInvalid }
 
 // quoteOdd keeps a plain word plain, and quotes what would make a message hard
 // to read.
@@ -287,8 +281,8 @@ func quoteOdd(key string) string {
 	return strconv.Quote(key)
 }
 
-// nearest returns the option a user most likely meant by key, or "".
-func nearest(options []Option, key string) string {
+// Nearest returns the name of the option a user most likely meant by key, or "".
+func Nearest(options []Option, key string) string {
 	if len(key) > 64 {
 		return ""
 	}
