@@ -102,6 +102,7 @@ type Request struct {
 	Owner  string    `json:"owner"`
 	Node   string    `json:"node"`
 	Host   string    `json:"host"`
+	Boot   string    `json:"boot"`
 	Since  time.Time `json:"since"`
 	Op     string    `json:"op"`
 	// Purpose is "mount" or "remove", for the owner's log and the error texts.
@@ -109,6 +110,8 @@ type Request struct {
 
 	// Revision is the key's create revision: the oldest is served first.
 	Revision int64 `json:"-"`
+	// Lease is the requester's: the reply goes on it too, and so ends with it.
+	Lease int64 `json:"-"`
 }
 
 // Reply is what the owner last said to a request: rep/<requester>/<vid>.
@@ -148,6 +151,43 @@ var (
 	// ErrLost: the token is no longer the volume's; this node is not its owner.
 	ErrLost = errors.New("no longer the owner")
 )
+
+// PhaseError says that a volume is not ready to be used. For one that is being
+// deleted it matches ErrNotFound.
+type PhaseError struct {
+	Volume Volume
+}
+
+func (e *PhaseError) Error() string {
+	switch e.Volume.Phase {
+	case PhaseCreating:
+		return fmt.Sprintf("volume %s is still being created", e.Volume.Name)
+	case PhaseDeleting:
+		return fmt.Sprintf("volume %s is being deleted", e.Volume.Name)
+	case PhaseQuarantined:
+		return fmt.Sprintf("volume %s is quarantined: %s", e.Volume.Name, e.Volume.Reason)
+	case PhaseReady:
+	}
+	return fmt.Sprintf("volume %s is not ready (%s)", e.Volume.Name, e.Volume.Phase)
+}
+
+// Is makes a volume that is being deleted an ErrNotFound.
+func (e *PhaseError) Is(target error) bool {
+	return target == ErrNotFound && e.Volume.Phase == PhaseDeleting
+}
+
+// BrokenError says that a key's value cannot be understood: it was damaged, or
+// written by a newer version. Nothing is decided about its volume then.
+type BrokenError struct {
+	Key string
+	Err error
+}
+
+func (e *BrokenError) Error() string {
+	return fmt.Sprintf("value of etcd key %s is broken: %v", e.Key, e.Err)
+}
+
+func (e *BrokenError) Unwrap() error { return e.Err }
 
 // HeldError says who owns a volume that could not be claimed or deleted.
 type HeldError struct {

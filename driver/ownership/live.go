@@ -1,0 +1,357 @@
+package ownership
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/google/uuid"
+)
+
+// errGone ends a term of registration: the lease, or the key on it, is gone.
+var errGone = errors.New("this node's lease in etcd is gone; it is registering again")
+
+// Run keeps this node registered and live until ctx ends; it returns for no other
+// reason. The liveness key is then left to expire, so that a process which starts
+// again within the TTL is the same live node; Leave is for a node that does not
+// come back.
+//
+// There MUST be one Run for a Map at a time.
+func (m *Map) Run(ctx context.Context) error {
+	wait := backoff{first: min(100*time.Millisecond, m.cfg.Renew), most: m.cfg.Renew}
+	said := ""
+	for {
+		err := m.register(ctx)
+		if err == nil {
+			m.log.WithField("node", m.me.ID).Info("registered in etcd")
+			said, wait.next = "", 0
+			err = m.renew(ctx)
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		m.lapse(err)
+		if text := err.Error(); text != said {
+			said = text
+			m.log.WithError(err).Warn("not registered in etcd")
+		}
+		if !wait.sleep(ctx) {
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// Leave makes this node's liveness key go at once. After Run has ended.
+func (m *Map) Leave(ctx context.Context) error {
+	m.mu.Lock()
+	lease := m.lease
+	m.mu.Unlock()
+	m.lapse(errors.New("this node has left"))
+	if lease == 0 {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, m.cfg.Timeout)
+	defer cancel()
+	if err := m.store.Revoke(ctx, lease); err != nil && !errors.Is(err, ErrLease) {
+		return unavailable(err)
+	}
+	return nil
+}
+
+// Live is nil while this node's lease is valid, which etcd need not be asked for.
+// Otherwise it is an ErrUnavailable that says why.
+func (m *Map) Live() error {
+	_, err := m.valid()
+	return err
+}
+
+// Registered waits for the first registration. ErrUnavailable says what was in
+// its way when ctx ended.
+func (m *Map) Registered(ctx context.Context) error {
+	select {
+	case <-m.registered:
+		return nil
+	case <-ctx.Done():
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return unavailable(m.why)
+}
+
+// valid returns the lease, or why there is no valid one.
+func (m *Map) valid() (int64, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch {
+	case m.lease == 0:
+		return 0, unavailable(m.why)
+	case m.cfg.Now() < m.until:
+		return m.lease, nil
+	case m.why != nil:
+		return 0, unavailable(fmt.Errorf("this node's lease could not be renewed: %w", m.why))
+	}
+	return 0, unavailable(errors.New("this node's lease was not renewed in time"))
+}
+
+// lost is called when a transaction found that the lease is not what this node
+// believed. The liveness loop then looks at once.
+func (m *Map) lost() error {
+	m.mu.Lock()
+	m.until, m.why = 0, errGone
+	m.mu.Unlock()
+	select {
+	case m.poke <- struct{}{}:
+	default:
+	}
+	return unavailable(errGone)
+}
+
+// lapse ends the validity of the lease for good.
+func (m *Map) lapse(why error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.lease, m.until, m.why = 0, 0, why
+}
+
+// margin is how long before the lease's end this node stops relying on it.
+func (m *Map) margin(ttl time.Duration) time.Duration { return ttl / 5 }
+
+// register is REGISTER, after it has made sure that this is the cluster.
+func (m *Map) register(ctx context.Context) error {
+	if err := m.join(ctx); err != nil {
+		return err
+	}
+	state, err := m.read(ctx, get(m.key("node", m.me.ID)), get(m.live(m.me.ID)))
+	if err != nil {
+		return err
+	}
+	node := m.me
+	node.Session = ""
+	if kv := state.kv(0); kv != nil {
+		old, err := decodeNode(*kv)
+		if err != nil {
+			return err
+		}
+		if old.State == "lost" || old.State == "removed" {
+			return fmt.Errorf("node %s (host %s) is marked %s in the cluster", m.me.ID, old.Host, old.State)
+		}
+		node.State = old.State
+	}
+	former := state.kv(1)
+	if former != nil {
+		if err := m.mayFollow(*former); err != nil {
+			return err
+		}
+	}
+
+	sent := m.cfg.Now()
+	lease, ttl, err := m.grant(ctx, m.cfg.TTL)
+	if err != nil {
+		return unavailable(err)
+	}
+	self := alive{Node: m.me, Op: newOp()}
+	txn := Txn{
+		If:   []Cmp{mod(m.key("node", m.me.ID), revisionOf(state.kv(0))), mod(m.live(m.me.ID), revisionOf(former))},
+		Then: []Op{put(m.key("node", m.me.ID), encode(node)), putOn(lease, m.live(m.me.ID), encode(self))},
+		Else: []Op{get(m.live(m.me.ID))},
+	}
+	res, err := m.write(ctx, txn)
+	if err == nil && !res.Succeeded && !carries(res.kv(0), self.Op, decodeAlive, func(a alive) string { return a.Op }) {
+		err = unavailable(errors.New("this node is being registered by another process"))
+	}
+	if err != nil {
+		m.revoke(ctx, lease)
+		return err
+	}
+	if former != nil && former.Lease != 0 && former.Lease != lease {
+		// What the process before this one had on its lease, such as requests, ends
+		// with it. If that process still runs, it learns that it is no longer the node.
+		m.revoke(ctx, former.Lease)
+	}
+	m.refreshBucket(ctx)
+	m.mu.Lock()
+	m.lease, m.until, m.why = lease, sent+ttl-m.margin(ttl), nil
+	m.mu.Unlock()
+	select {
+	case <-m.registered:
+	default:
+		close(m.registered)
+	}
+	return nil
+}
+
+func revisionOf(kv *KV) int64 {
+	if kv == nil {
+		return 0
+	}
+	return kv.ModRevision
+}
+
+// carries says whether the value of kv has that operation id.
+func carries[T any](kv *KV, op string, decode func(KV) (T, error), opOf func(T) string) bool {
+	if kv == nil {
+		return false
+	}
+	v, err := decode(*kv)
+	return err == nil && opOf(v) == op
+}
+
+// mayFollow decides whether this process may take the liveness key over from
+// what has it now.
+func (m *Map) mayFollow(kv KV) error {
+	other, err := decodeAlive(kv)
+	if err != nil {
+		return err
+	}
+	switch {
+	case other.Session == m.me.Session:
+		return nil
+	case other.Boot != m.me.Boot:
+		return fmt.Errorf("node id %s is in use by host %s (boot %s): if this host has just been restarted, wait %s; if it is a copy of that host, give it a node id of its own",
+			m.me.ID, other.Host, other.Boot, m.cfg.TTL)
+	}
+	select {
+	case <-m.registered:
+		// Two processes must not take the key from each other for ever: the one that
+		// came last keeps it.
+		return fmt.Errorf("another Flocker process on host %s has taken over as node %s", other.Host, m.me.ID)
+	default:
+		return nil
+	}
+}
+
+// join reads meta, or makes it, and refuses a cluster that is not the one this
+// node knows.
+func (m *Map) join(ctx context.Context) error {
+	known := m.Seen()
+	fresh := meta{Cluster: uuid.NewString(), Gen: 1, Schema: schema}
+	txn := Txn{If: []Cmp{none(m.key("meta"))}, Else: []Op{get(m.key("meta"))}}
+	if known.Cluster == "" {
+		txn.Then = []Op{put(m.key("meta"), encode(fresh))}
+	}
+	res, err := m.write(ctx, txn)
+	if err != nil {
+		return err
+	}
+	if res.Succeeded && known.Cluster != "" {
+		return fmt.Errorf("etcd knows no cluster under %s, but this node belongs to cluster %s: check the endpoints and the prefix, or restore etcd's data", m.cfg.Prefix, known.Cluster)
+	}
+	found := fresh
+	if !res.Succeeded {
+		if found, err = decodeMeta(*res.kv(0)); err != nil {
+			return err
+		}
+	}
+	switch {
+	case known.Cluster == "":
+	case found.Cluster != known.Cluster:
+		return fmt.Errorf("etcd has cluster %s under %s, but this node belongs to cluster %s: check the endpoints and the prefix", found.Cluster, m.cfg.Prefix, known.Cluster)
+	case found.Gen < known.Gen:
+		return fmt.Errorf("cluster %s is at generation %d and was at %d before: etcd has been put back to an older state", found.Cluster, found.Gen, known.Gen)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.meta = found
+	return nil
+}
+
+// renew keeps the lease until it, or the key on it, is gone.
+func (m *Map) renew(ctx context.Context) error {
+	wait := backoff{first: m.cfg.Renew / 8, most: m.cfg.Renew}
+	timer := time.NewTimer(m.cfg.Renew)
+	defer timer.Stop()
+	for {
+		check := false
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-m.poke:
+			check = true
+		case <-timer.C:
+		}
+		err := m.renewOnce(ctx, check)
+		if errors.Is(err, ErrLease) || errors.Is(err, errGone) {
+			return errGone
+		}
+		if err == nil {
+			wait.next = 0
+			timer.Reset(m.cfg.Renew)
+			continue
+		}
+		m.mu.Lock()
+		m.why = err
+		m.mu.Unlock()
+		if !wait.sleep(ctx) {
+			return context.Cause(ctx)
+		}
+		timer.Reset(0)
+	}
+}
+
+func (m *Map) renewOnce(ctx context.Context, check bool) error {
+	if m.cfg.Healthy != nil {
+		if err := m.cfg.Healthy(); err != nil {
+			return err
+		}
+	}
+	m.mu.Lock()
+	lease, until := m.lease, m.until
+	m.mu.Unlock()
+	sent := m.cfg.Now()
+	try, cancel := context.WithTimeout(ctx, min(m.cfg.Timeout, m.cfg.Renew))
+	ttl, err := m.store.KeepAliveOnce(try, lease)
+	cancel()
+	if err != nil {
+		return err
+	}
+	if check || sent >= until {
+		// The lease lives, but others may have had cause to take the key from it.
+		res, err := m.read(ctx, get(m.live(m.me.ID)))
+		if err != nil {
+			return err
+		}
+		if kv := res.kv(0); kv == nil || kv.Lease != lease {
+			return errGone
+		}
+	}
+	m.mu.Lock()
+	m.until, m.why = sent+ttl-m.margin(ttl), nil
+	m.mu.Unlock()
+	m.refreshBucket(ctx)
+	return nil
+}
+
+// refreshBucket gets a lease for this hour's audit lines, if it can.
+func (m *Map) refreshBucket(ctx context.Context) {
+	hour := time.Now().UTC().Format("2006010215")
+	m.mu.Lock()
+	old := m.bucket.hour
+	m.mu.Unlock()
+	if hour == old {
+		return
+	}
+	lease, _, err := m.grant(ctx, auditKept)
+	if err != nil {
+		m.log.WithError(err).Debug("no lease for audit lines")
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.bucket = bucket{hour: hour, lease: lease}
+}
+
+func (m *Map) grant(ctx context.Context, ttl time.Duration) (int64, time.Duration, error) {
+	ctx, cancel := context.WithTimeout(ctx, m.cfg.Timeout)
+	defer cancel()
+	return m.store.Grant(ctx, ttl)
+}
+
+// revoke ends a lease that is of no more use; if it fails, time ends it.
+func (m *Map) revoke(ctx context.Context, lease int64) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), m.cfg.Timeout)
+	defer cancel()
+	if err := m.store.Revoke(ctx, lease); err != nil && !errors.Is(err, ErrLease) {
+		m.log.WithError(err).Debug("lease left to expire")
+	}
+}

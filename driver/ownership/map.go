@@ -1,0 +1,276 @@
+package ownership
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/sirupsen/logrus"
+)
+
+// Config sets up a Map. The zero value is usable.
+type Config struct {
+	// Prefix is what every key begins with. Default "/flocker".
+	Prefix string
+	// TTL is how long a node that is not heard from counts as live. Default 10 s.
+	TTL time.Duration
+	// Renew is the time between renewals. Default 2.5 s.
+	Renew time.Duration
+	// Timeout bounds one try of one call. Default 2 s. A read takes at most this
+	// long, a write two times.
+	Timeout time.Duration
+	// Now is a clock that does not stop when the machine sleeps. Default
+	// CLOCK_BOOTTIME.
+	Now func() time.Duration
+	// Healthy, if set, is asked before each renewal: a process that no longer works
+	// must not go on looking alive.
+	Healthy func() error
+	// Seen is what Map.Seen returned in the last life of this node, if that is
+	// known. With it, an etcd that was emptied or put back to an older state is
+	// noticed, and refused.
+	Seen Seen
+	// Log gets what no caller is told. Default: nowhere.
+	Log *logrus.Entry
+}
+
+// Seen is how far a node has followed which cluster.
+type Seen struct {
+	Cluster  string `json:"cluster"`
+	Gen      int64  `json:"gen"`
+	Revision int64  `json:"revision"`
+}
+
+// Map is one node's view of the map from datasets to owners. All its methods may
+// be called at any time and together; those that take authority need Run.
+//
+// A method that fails with ErrUnavailable may have had its effect, or have it
+// later. That is harmless for Claim (the volume shows up in Owned), but after
+// Release, HandOver or Delete the volume must be regarded as given up until the
+// same call, or Retake, succeeds: Check proves nothing about a write that is
+// still on its way.
+type Map struct {
+	store Store
+	me    Node
+	cfg   Config
+	root  string
+	log   *logrus.Entry
+
+	registered chan struct{} // closed at the first registration
+	poke       chan struct{} // makes the liveness loop look at once
+	revision   atomic.Int64  // the highest one seen
+
+	mu     sync.Mutex
+	meta   meta
+	lease  int64
+	until  time.Duration // the lease is valid before
+	why    error         // why it is not
+	bucket bucket
+	lines  int // audit lines written
+}
+
+// bucket is the lease of this hour's audit lines.
+type bucket struct {
+	hour  string
+	lease int64
+}
+
+// auditKept is how long audit lines are kept.
+const auditKept = 7 * 24 * time.Hour
+
+// New makes a node's view over a store. Node needs ID, Host and Boot; it gets a
+// session if it has none. New does no I/O.
+func New(store Store, node Node, cfg Config) *Map {
+	cfg.Prefix = "/" + strings.Trim(cmp.Or(cfg.Prefix, "flocker"), "/")
+	cfg.TTL = cmp.Or(cfg.TTL, 10*time.Second)
+	cfg.Renew = cmp.Or(cfg.Renew, cfg.TTL/4)
+	cfg.Timeout = cmp.Or(cfg.Timeout, 2*time.Second)
+	if cfg.Now == nil {
+		cfg.Now = bootTime
+	}
+	if cfg.Log == nil {
+		silent := logrus.New()
+		silent.SetOutput(io.Discard)
+		cfg.Log = logrus.NewEntry(silent)
+	}
+	node.Session = cmp.Or(node.Session, uuid.NewString())
+	m := &Map{
+		store: store, me: node, cfg: cfg, root: cfg.Prefix + "/v1/", log: cfg.Log,
+		registered: make(chan struct{}), poke: make(chan struct{}, 1),
+		why: errors.New("this node has not registered in etcd yet"),
+	}
+	m.revision.Store(cfg.Seen.Revision)
+	return m
+}
+
+// Node is who this node is.
+func (m *Map) Node() Node { return m.me }
+
+// Cluster is the cluster's UUID, empty before the first registration.
+func (m *Map) Cluster() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.meta.Cluster
+}
+
+// Seen is what to keep for Config.Seen of this node's next life.
+func (m *Map) Seen() Seen {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.meta.Cluster == "" {
+		return m.cfg.Seen
+	}
+	return Seen{Cluster: m.meta.Cluster, Gen: m.meta.Gen, Revision: m.revision.Load()}
+}
+
+func (m *Map) key(parts ...string) string { return m.root + strings.Join(parts, "/") }
+func (m *Map) own(vid string) string      { return m.key("own", vid) }
+func (m *Map) vol(vid string) string      { return m.key("vol", vid) }
+func (m *Map) name(name string) string    { return m.key("name", name) }
+func (m *Map) live(nid string) string     { return m.key("live", nid) }
+
+func (m *Map) req(owner, vid, nid string) string { return m.key("req", owner, vid, nid) }
+func (m *Map) rep(nid, vid string) string        { return m.key("rep", nid, vid) }
+
+func newOp() string { return uuid.NewString() }
+
+// tries is how often one call is sent when sends fail faster than they time out.
+const tries = 3
+
+// read returns the state of keys at one revision.
+func (m *Map) read(ctx context.Context, ops ...Op) (TxnResult, error) {
+	return m.send(ctx, Txn{Then: ops}, m.cfg.Timeout)
+}
+
+// write runs a transaction that changes something.
+//
+// After an error it is sent again, unchanged. Its compares make sure that only
+// one of the sends has an effect, and its Else branch reads the key back: the
+// caller MUST look for its operation id there before it takes a failed compare
+// for a refusal.
+func (m *Map) write(ctx context.Context, txn Txn) (TxnResult, error) {
+	return m.send(ctx, txn, 2*m.cfg.Timeout)
+}
+
+func (m *Map) send(ctx context.Context, txn Txn, budget time.Duration) (TxnResult, error) {
+	ctx, cancel := context.WithTimeout(ctx, budget)
+	defer cancel()
+	wait := backoff{first: 25 * time.Millisecond, most: 250 * time.Millisecond}
+	for try := 1; ; try++ {
+		before := m.revision.Load()
+		res, err := m.try(ctx, txn)
+		switch {
+		case err == nil && res.Revision < before:
+			return TxnResult{}, unavailable(fmt.Errorf("etcd is at revision %d and was at %d before: it has been put back to an older state", res.Revision, before))
+		case err == nil:
+			m.observe(res.Revision)
+			return res, nil
+		case errors.Is(err, ErrLease) && m.dropBucket(&txn):
+			// Without the audit line rather than not at all.
+			continue
+		case errors.Is(err, ErrLease), errors.Is(err, ErrCompacted):
+			return TxnResult{}, unavailable(err)
+		case try == tries || !wait.sleep(ctx):
+			return TxnResult{}, unavailable(err)
+		}
+	}
+}
+
+func (m *Map) try(ctx context.Context, txn Txn) (TxnResult, error) {
+	ctx, cancel := context.WithTimeout(ctx, m.cfg.Timeout)
+	defer cancel()
+	return m.store.Txn(ctx, txn)
+}
+
+func (m *Map) observe(revision int64) {
+	for {
+		old := m.revision.Load()
+		if revision <= old || m.revision.CompareAndSwap(old, revision) {
+			return
+		}
+	}
+}
+
+func unavailable(err error) error {
+	if errors.Is(err, ErrUnavailable) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", ErrUnavailable, err)
+}
+
+// backoff doubles from first to most, with jitter.
+type backoff struct {
+	first, most time.Duration
+	next        time.Duration
+}
+
+// sleep waits for the next interval. False if ctx ended before.
+func (b *backoff) sleep(ctx context.Context) bool {
+	b.next = min(max(b.first, 2*b.next), b.most)
+	t := time.NewTimer(b.next/2 + rand.N(b.next/2+1))
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// audit is the line that goes into the transaction of a change, or nothing while
+// there is no lease for it.
+func (m *Map) audit(line auditLine) []Op {
+	now := time.Now().UTC()
+	hour := now.Format("2006010215")
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.bucket.hour != hour {
+		return nil
+	}
+	m.lines++
+	line.At, line.Node = now, m.me.ID
+	n := fmt.Sprintf("%.8s-%06d", m.me.Session, m.lines)
+	return []Op{putOn(m.bucket.lease, m.key("ev", hour, m.me.ID, n), encode(line))}
+}
+
+// dropBucket forgets the lease of the audit lines, and removes them from txn.
+// False if there are none.
+func (m *Map) dropBucket(txn *Txn) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	isLine := func(op Op) bool {
+		return op.Kind == OpPut && strings.HasPrefix(op.Key, m.key("ev")+"/")
+	}
+	var strip func(ops []Op) ([]Op, bool)
+	strip = func(ops []Op) ([]Op, bool) {
+		kept := slices.DeleteFunc(slices.Clone(ops), isLine)
+		found := len(kept) < len(ops)
+		for i, op := range kept {
+			if op.Kind != OpTxn {
+				continue
+			}
+			nested := *op.Txn
+			var a, b bool
+			nested.Then, a = strip(nested.Then)
+			nested.Else, b = strip(nested.Else)
+			kept[i].Txn = &nested
+			found = found || a || b
+		}
+		return kept, found
+	}
+	var a, b bool
+	txn.Then, a = strip(txn.Then)
+	txn.Else, b = strip(txn.Else)
+	if a || b {
+		m.bucket = bucket{}
+	}
+	return a || b
+}

@@ -1,0 +1,632 @@
+package ownership
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"math"
+	"slices"
+	"sort"
+	"strings"
+	"sync"
+	"time"
+)
+
+// Memory is an etcd in one process, for tests: revisions, leases, history,
+// compaction and watches as etcd has them. Nodes reach it through Client, each
+// with faults of its own. Its leases run on package time, so that it works in a
+// testing/synctest bubble.
+type Memory struct {
+	mu        sync.Mutex
+	revision  int64
+	compacted int64
+	keys      map[string][]version
+	log       []Event
+	changed   chan struct{} // closed and replaced at every change
+	leases    map[int64]*memoryLease
+	lastLease int64
+}
+
+// version is a key's state from a revision on.
+type version struct {
+	revision int64
+	kv       KV
+	deleted  bool
+}
+
+type memoryLease struct {
+	ttl   time.Duration
+	timer *time.Timer
+	// until tells a timer that had already fired from one that a renewal beat.
+	until time.Time
+	keys  map[string]bool
+}
+
+// NewMemory makes an empty one.
+func NewMemory() *Memory {
+	return &Memory{
+		revision: 1,
+		keys:     map[string][]version{},
+		changed:  make(chan struct{}),
+		leases:   map[int64]*memoryLease{},
+	}
+}
+
+// Compact forgets what was before revision.
+func (m *Memory) Compact(revision int64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if revision <= m.compacted || revision > m.revision {
+		return
+	}
+	m.compacted = revision
+	for key, versions := range m.keys {
+		i := len(versions) - 1
+		for i > 0 && versions[i].revision > revision {
+			i--
+		}
+		if versions[i].deleted && versions[i].revision <= revision {
+			i++
+		}
+		if i == len(versions) {
+			delete(m.keys, key)
+			continue
+		}
+		m.keys[key] = slices.Clone(versions[i:])
+	}
+	m.log = slices.Clone(m.log[m.since(revision):])
+}
+
+// Expire ends a lease now, as if its time were over.
+func (m *Memory) Expire(lease int64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if l := m.leases[lease]; l != nil {
+		m.end(lease, l)
+	}
+}
+
+// Keys returns every key there is with that prefix, sorted.
+func (m *Memory) Keys(prefix string) []KV {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.read(prefix, true, m.revision)
+}
+
+// since is the index in the log of the first event at or after revision.
+func (m *Memory) since(revision int64) int {
+	return sort.Search(len(m.log), func(i int) bool { return m.log[i].KV.ModRevision >= revision })
+}
+
+func (m *Memory) read(key string, prefix bool, at int64) []KV {
+	if !prefix {
+		if kv, ok := m.at(key, at); ok {
+			return []KV{kv}
+		}
+		return nil
+	}
+	var kvs []KV
+	for k := range m.keys {
+		if strings.HasPrefix(k, key) {
+			if kv, ok := m.at(k, at); ok {
+				kvs = append(kvs, kv)
+			}
+		}
+	}
+	slices.SortFunc(kvs, func(a, b KV) int { return cmp.Compare(a.Key, b.Key) })
+	return kvs
+}
+
+func (m *Memory) at(key string, revision int64) (KV, bool) {
+	versions := m.keys[key]
+	for i := len(versions) - 1; i >= 0; i-- {
+		if versions[i].revision <= revision {
+			return versions[i].kv, !versions[i].deleted
+		}
+	}
+	return KV{}, false
+}
+
+func (m *Memory) holds(c Cmp) bool {
+	kvs := m.read(c.Key, c.Prefix, m.revision)
+	if len(kvs) == 0 {
+		kvs = []KV{{}}
+	}
+	for _, kv := range kvs {
+		var got int64
+		switch c.Target {
+		case CreateRevision:
+			got = kv.CreateRevision
+		case ModRevision:
+			got = kv.ModRevision
+		case LeaseID:
+			got = kv.Lease
+		}
+		if (got == c.Value) == c.Not {
+			return false
+		}
+	}
+	return true
+}
+
+// plan is a transaction with its branches chosen.
+type plan struct {
+	succeeded bool
+	ops       []Op
+	nested    []*plan // by index of ops
+}
+
+func (m *Memory) plan(t Txn) *plan {
+	p := &plan{succeeded: true, ops: t.Then}
+	for _, c := range t.If {
+		if !m.holds(c) {
+			p.succeeded, p.ops = false, t.Else
+			break
+		}
+	}
+	p.nested = make([]*plan, len(p.ops))
+	for i, op := range p.ops {
+		if op.Kind == OpTxn {
+			p.nested[i] = m.plan(*op.Txn)
+		}
+	}
+	return p
+}
+
+func (m *Memory) check(p *plan) error {
+	for i, op := range p.ops {
+		switch op.Kind {
+		case OpGet:
+			if op.Revision > m.revision {
+				return fmt.Errorf("read %s: revision %d is in the future", op.Key, op.Revision)
+			}
+			if op.Revision > 0 && op.Revision < m.compacted {
+				return fmt.Errorf("read %s: %w", op.Key, ErrCompacted)
+			}
+		case OpPut:
+			if op.Lease != 0 && m.leases[op.Lease] == nil {
+				return fmt.Errorf("put %s: %w", op.Key, ErrLease)
+			}
+		case OpTxn:
+			if err := m.check(p.nested[i]); err != nil {
+				return err
+			}
+		case OpDelete:
+		}
+	}
+	return nil
+}
+
+// distinct refuses what etcd refuses: two writes of one key on one path.
+func distinct(ops []Op, seen map[string]bool) error {
+	for _, op := range ops {
+		switch op.Kind {
+		case OpPut, OpDelete:
+			if seen[op.Key] {
+				return fmt.Errorf("duplicate key given in txn request: %s", op.Key)
+			}
+			seen[op.Key] = true
+		case OpTxn:
+			for _, branch := range [][]Op{op.Txn.Then, op.Txn.Else} {
+				if err := distinct(branch, maps.Clone(seen)); err != nil {
+					return err
+				}
+			}
+		case OpGet:
+		}
+	}
+	return nil
+}
+
+func (m *Memory) txn(t Txn) (TxnResult, error) {
+	for _, branch := range [][]Op{t.Then, t.Else} {
+		if len(branch) > 128 {
+			return TxnResult{}, errors.New("too many operations in txn request")
+		}
+		if err := distinct(branch, map[string]bool{}); err != nil {
+			return TxnResult{}, err
+		}
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	p := m.plan(t)
+	if err := m.check(p); err != nil {
+		return TxnResult{}, err
+	}
+	revision := m.revision
+	res := m.run(p, &revision)
+	m.commit(revision)
+	setRevision(&res, revision)
+	return res, nil
+}
+
+func setRevision(res *TxnResult, revision int64) {
+	res.Revision = revision
+	for _, r := range res.Results {
+		if r.Txn != nil {
+			setRevision(r.Txn, revision)
+		}
+	}
+}
+
+// run does the operations; revision becomes the next one with the first change.
+func (m *Memory) run(p *plan, revision *int64) TxnResult {
+	res := TxnResult{Succeeded: p.succeeded, Results: make([]OpResult, len(p.ops))}
+	for i, op := range p.ops {
+		switch op.Kind {
+		case OpGet:
+			at := op.Revision
+			if at == 0 {
+				at = *revision
+			}
+			res.Results[i].KVs = m.read(op.Key, op.Prefix, at)
+		case OpPut:
+			*revision = m.revision + 1
+			old, _ := m.at(op.Key, m.revision)
+			m.unlease(old)
+			kv := KV{
+				Key: op.Key, Value: slices.Clone(op.Value), Lease: op.Lease,
+				CreateRevision: old.CreateRevision, ModRevision: *revision, Version: old.Version + 1,
+			}
+			if kv.CreateRevision == 0 {
+				kv.CreateRevision = *revision
+			}
+			if op.Lease != 0 {
+				m.leases[op.Lease].keys[op.Key] = true
+			}
+			m.record(version{revision: *revision, kv: kv})
+		case OpDelete:
+			if old, ok := m.at(op.Key, m.revision); ok {
+				*revision = m.revision + 1
+				m.unlease(old)
+				m.remove(op.Key, *revision)
+				res.Results[i].Deleted = 1
+			}
+		case OpTxn:
+			nested := m.run(p.nested[i], revision)
+			res.Results[i].Txn = &nested
+		}
+	}
+	return res
+}
+
+func (m *Memory) unlease(kv KV) {
+	if l := m.leases[kv.Lease]; l != nil {
+		delete(l.keys, kv.Key)
+	}
+}
+
+func (m *Memory) remove(key string, revision int64) {
+	m.record(version{revision: revision, kv: KV{Key: key, ModRevision: revision}, deleted: true})
+}
+
+func (m *Memory) record(v version) {
+	m.keys[v.kv.Key] = append(m.keys[v.kv.Key], v)
+	m.log = append(m.log, Event{Deleted: v.deleted, KV: v.kv})
+}
+
+func (m *Memory) commit(revision int64) {
+	if revision == m.revision {
+		return
+	}
+	m.revision = revision
+	close(m.changed)
+	m.changed = make(chan struct{})
+}
+
+func (m *Memory) grant(ttl time.Duration) (int64, time.Duration) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.lastLease++
+	id := m.lastLease
+	// Leases are whole seconds, as in etcd.
+	ttl = time.Duration(math.Ceil(ttl.Seconds())) * time.Second
+	l := &memoryLease{ttl: ttl, keys: map[string]bool{}, until: time.Now().Add(ttl)}
+	l.timer = time.AfterFunc(ttl, func() {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if m.leases[id] == l && !time.Now().Before(l.until) {
+			m.end(id, l)
+		}
+	})
+	m.leases[id] = l
+	return id, ttl
+}
+
+func (m *Memory) keepAlive(id int64) (time.Duration, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	l := m.leases[id]
+	if l == nil {
+		return 0, ErrLease
+	}
+	l.until = time.Now().Add(l.ttl)
+	l.timer.Reset(l.ttl)
+	return l.ttl, nil
+}
+
+func (m *Memory) revoke(id int64) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	l := m.leases[id]
+	if l == nil {
+		return ErrLease
+	}
+	m.end(id, l)
+	return nil
+}
+
+// end deletes a lease and its keys, in one revision.
+func (m *Memory) end(id int64, l *memoryLease) {
+	l.timer.Stop()
+	delete(m.leases, id)
+	if len(l.keys) == 0 {
+		return
+	}
+	keys := make([]string, 0, len(l.keys))
+	for key := range l.keys {
+		keys = append(keys, key)
+	}
+	slices.Sort(keys)
+	for _, key := range keys {
+		m.remove(key, m.revision+1)
+	}
+	m.commit(m.revision + 1)
+}
+
+// next returns the events of a watch from revision from on, the revision to go
+// on from, and a channel that is closed at the next change.
+func (m *Memory) next(key string, prefix bool, from int64) (events []Event, to int64, changed <-chan struct{}, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if from < m.compacted {
+		return nil, 0, nil, ErrCompacted
+	}
+	for _, ev := range m.log[m.since(from):] {
+		if ev.KV.Key == key || prefix && strings.HasPrefix(ev.KV.Key, key) {
+			events = append(events, ev)
+		}
+	}
+	return events, max(from, m.revision+1), m.changed, nil
+}
+
+// A Fault is what happens to one call of a MemoryClient.
+type Fault struct {
+	// Latency passes before the call is delivered.
+	Latency time.Duration
+	// Refused: the call is not delivered and fails at once.
+	Refused bool
+	// Hang: the call is not delivered and fails when its context ends.
+	Hang bool
+	// DropReply: the call is delivered, and fails as if it had not been.
+	DropReply bool
+	// Twice: the call is delivered two times; the caller sees the second answer.
+	Twice bool
+	// Late: the call fails at once and is delivered that much later.
+	Late time.Duration
+}
+
+// errInjected is what a call fails with that a Fault made fail.
+var errInjected = errors.New("fault injected")
+
+// A MemoryClient is one node's connection to a Memory.
+type MemoryClient struct {
+	m *Memory
+
+	mu     sync.Mutex
+	inject func(call string) Fault
+	cut    chan struct{} // closed to end the watches there are
+	closed bool
+}
+
+var _ Store = (*MemoryClient)(nil)
+
+// Client makes a connection.
+func (m *Memory) Client() *MemoryClient {
+	return &MemoryClient{m: m, cut: make(chan struct{})}
+}
+
+// Inject has f decide about the fault of each call from now on; nil is none.
+// The call is "read" (a transaction without writes), "txn", "grant",
+// "keepalive", "revoke" or "watch".
+func (c *MemoryClient) Inject(f func(call string) Fault) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.inject = f
+}
+
+// Partition cuts the connection off, or heals it: all calls hang, and the
+// watches there are end.
+func (c *MemoryClient) Partition(off bool) {
+	if !off {
+		c.Inject(nil)
+		return
+	}
+	c.Inject(func(string) Fault { return Fault{Hang: true} })
+	c.CutWatches()
+}
+
+// CutWatches ends the watches there are with an error.
+func (c *MemoryClient) CutWatches() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	close(c.cut)
+	c.cut = make(chan struct{})
+}
+
+// Close makes later calls fail.
+func (c *MemoryClient) Close() error {
+	c.CutWatches()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.closed = true
+	return nil
+}
+
+func (c *MemoryClient) fault(call string) (Fault, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return Fault{}, errors.New("connection is closed")
+	}
+	if c.inject == nil {
+		return Fault{}, nil
+	}
+	return c.inject(call), nil
+}
+
+// deliver runs f as the fault has it.
+func (c *MemoryClient) deliver(ctx context.Context, call string, f func() error) error {
+	fault, err := c.fault(call)
+	if err != nil {
+		return err
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if fault.Latency > 0 {
+		t := time.NewTimer(fault.Latency)
+		defer t.Stop()
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	switch {
+	case fault.Refused:
+		return errInjected
+	case fault.Hang:
+		<-ctx.Done()
+		return ctx.Err()
+	case fault.Late > 0:
+		time.AfterFunc(fault.Late, func() { _ = f() })
+		return errInjected
+	}
+	err = f()
+	if fault.Twice {
+		err = f()
+	}
+	if fault.DropReply {
+		return errInjected
+	}
+	return err
+}
+
+// Txn is Store's.
+func (c *MemoryClient) Txn(ctx context.Context, txn Txn) (TxnResult, error) {
+	call := "read"
+	if txn.writes() {
+		call = "txn"
+	}
+	var (
+		mu  sync.Mutex // a late delivery may still run when the caller has gone
+		res TxnResult
+	)
+	err := c.deliver(ctx, call, func() error {
+		r, err := c.m.txn(txn)
+		mu.Lock()
+		defer mu.Unlock()
+		res = r
+		return err
+	})
+	mu.Lock()
+	defer mu.Unlock()
+	if err != nil {
+		return TxnResult{}, err
+	}
+	return res, nil
+}
+
+// Grant is Store's.
+func (c *MemoryClient) Grant(ctx context.Context, ttl time.Duration) (int64, time.Duration, error) {
+	var (
+		mu      sync.Mutex
+		lease   int64
+		granted time.Duration
+	)
+	err := c.deliver(ctx, "grant", func() error {
+		id, d := c.m.grant(ttl)
+		mu.Lock()
+		defer mu.Unlock()
+		lease, granted = id, d
+		return nil
+	})
+	mu.Lock()
+	defer mu.Unlock()
+	if err != nil {
+		return 0, 0, err
+	}
+	return lease, granted, nil
+}
+
+// KeepAliveOnce is Store's.
+func (c *MemoryClient) KeepAliveOnce(ctx context.Context, lease int64) (time.Duration, error) {
+	var (
+		mu  sync.Mutex
+		ttl time.Duration
+	)
+	err := c.deliver(ctx, "keepalive", func() error {
+		d, err := c.m.keepAlive(lease)
+		mu.Lock()
+		defer mu.Unlock()
+		ttl = d
+		return err
+	})
+	mu.Lock()
+	defer mu.Unlock()
+	if err != nil {
+		return 0, err
+	}
+	return ttl, nil
+}
+
+// Revoke is Store's.
+func (c *MemoryClient) Revoke(ctx context.Context, lease int64) error {
+	return c.deliver(ctx, "revoke", func() error { return c.m.revoke(lease) })
+}
+
+// Watch is Store's.
+func (c *MemoryClient) Watch(ctx context.Context, key string, prefix bool, from int64) <-chan WatchResult {
+	out := make(chan WatchResult)
+	c.mu.Lock()
+	cut := c.cut
+	c.mu.Unlock()
+	go func() {
+		defer close(out)
+		send := func(r WatchResult) bool {
+			select {
+			case out <- r:
+				return true
+			case <-ctx.Done():
+				return false
+			}
+		}
+		if err := c.deliver(ctx, "watch", func() error { return nil }); err != nil {
+			send(WatchResult{Err: err})
+			return
+		}
+		for {
+			events, to, changed, err := c.m.next(key, prefix, from)
+			if err != nil {
+				send(WatchResult{Err: err})
+				return
+			}
+			if len(events) > 0 && !send(WatchResult{Revision: to - 1, Events: events}) {
+				return
+			}
+			from = to
+			select {
+			case <-changed:
+			case <-cut:
+				send(WatchResult{Err: errInjected})
+				return
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return out
+}

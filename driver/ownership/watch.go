@@ -1,0 +1,66 @@
+package ownership
+
+import (
+	"context"
+	"time"
+)
+
+// WatchVolume wakes up whoever waits for a volume: when its owner changes, and
+// when this node's request for it is answered. Wake-ups coalesce, and may come
+// without a change; none is missed for a change made after WatchVolume returned,
+// also when etcd was away meanwhile. It ends with ctx; the channel is never
+// closed.
+func (m *Map) WatchVolume(ctx context.Context, vid string) <-chan struct{} {
+	wake := make(chan struct{}, 1)
+	go m.follow(ctx, m.own(vid), false, wake)
+	go m.follow(ctx, m.rep(m.me.ID, vid), false, wake)
+	return wake
+}
+
+// WatchRequests wakes up when nodes ask this one for volumes, or stop asking, in
+// the same manner as WatchVolume.
+func (m *Map) WatchRequests(ctx context.Context) <-chan struct{} {
+	wake := make(chan struct{}, 1)
+	go m.follow(ctx, m.key("req", m.me.ID, ""), true, wake)
+	return wake
+}
+
+// follow wakes up at each change of a key, and each time when it begins to watch:
+// what happened before is not known then.
+func (m *Map) follow(ctx context.Context, key string, prefix bool, wake chan<- struct{}) {
+	notify := func() {
+		select {
+		case wake <- struct{}{}:
+		default:
+		}
+	}
+	wait := backoff{first: 50 * time.Millisecond, most: m.cfg.Timeout}
+	for {
+		if res, err := m.read(ctx, get(m.key("meta"))); err == nil {
+			notify()
+			if m.watch(ctx, key, prefix, res.Revision+1, notify) {
+				wait.next = 0
+			}
+		}
+		if !wait.sleep(ctx) {
+			return
+		}
+	}
+}
+
+// watch follows one watch to its end. True if it reported anything.
+func (m *Map) watch(ctx context.Context, key string, prefix bool, from int64, notify func()) (reported bool) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	for res := range m.store.Watch(ctx, key, prefix, from) {
+		if res.Err != nil {
+			m.log.WithError(res.Err).WithField("key", key).Debug("watch ended")
+			break
+		}
+		if len(res.Events) > 0 {
+			reported = true
+			notify()
+		}
+	}
+	return reported
+}
