@@ -1,0 +1,608 @@
+// Package driver decides: it is the eight verbs of a Docker volume driver on top
+// of ownership, a storage backend and the mount system calls.
+//
+// Mount goes down one straight line and Unmount comes back up it:
+//
+//	claim the volume (etcd)  →  attach it (storage)  →  mount it (kernel)
+//
+// The invariant is mounted ⇒ attached ⇒ owned. Each step of Mount pushes its
+// undo; Unmount undoes each arrow only after the one before it, and stops at the
+// first failure.
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/driver/mount"
+	"github.com/flocker-plugin/flocker/driver/ownership"
+)
+
+// Volume is what Docker is told about a volume.
+type Volume struct {
+	Name string
+	// Mountpoint is "" where the volume is not mounted on this host.
+	Mountpoint string
+	CreatedAt  time.Time
+	// Status is shown by `docker volume inspect`.
+	Status map[string]any
+}
+
+// Container is a container that uses a volume.
+type Container struct {
+	ID, Name, State string
+}
+
+// Docker is what the driver asks the Docker Engine, in the background only and
+// as a hint: from inside a verb the Engine may be waiting for us.
+type Docker interface {
+	// Using returns the containers of this host that are running, paused or
+	// restarting and have a volume of this name, within two seconds.
+	Using(ctx context.Context, volume string) ([]Container, error)
+}
+
+// Config is what a Driver is made of. Durations of zero are really zero.
+type Config struct {
+	Node ownership.Node
+	Map  *ownership.Map
+	// Backends by name; Backend is the default one's name.
+	Backends map[string]backends.Backend
+	Backend  string
+	Mounter  mount.Mounter
+	Docker   Docker // nil: the Engine is not asked
+	Log      *logrus.Entry
+
+	// StateDir holds the journal; it must be on the host and survive the plugin.
+	StateDir string
+	// MountRoot is the directory below which volumes are mounted. It must be the
+	// managed plugin's propagated mount, or shared with the host.
+	MountRoot string
+
+	DefaultSize backends.Size
+	DefaultFS   string
+	// Linger is how long an idle volume stays attached and owned, unless another
+	// node asks for it or the backend attaches cheaply.
+	Linger time.Duration
+	// BusyWait is how long a Mount waits for another node's containers to stop.
+	BusyWait time.Duration
+	// Reconcile is the time between two looks at the whole state, about.
+	Reconcile time.Duration
+}
+
+// Driver is one node's volume driver.
+type Driver struct {
+	cfg     Config
+	log     *logrus.Entry
+	journal *journal
+	epoch   atomic.Int64
+
+	// confirmed is closed when what was restored at start was compared with etcd.
+	confirmed chan struct{}
+	ctx       context.Context // of the background work
+	stop      context.CancelFunc
+	work      sync.WaitGroup
+
+	// mu guards the maps and is never held across I/O.
+	mu       sync.Mutex
+	datasets map[string]*dataset // by id: what is here, and what is being worked on
+	known    map[string]ownership.Volume
+	dirty    bool // known is newer than the journal's copy
+	waiting  map[string][]ownership.Request
+	suspects map[string]time.Time // volumes whose claim had an unknown outcome
+	silent   time.Time            // when etcd last failed to answer a Get
+}
+
+// New makes a Driver and takes up what an earlier process left on this host. It
+// does not use the network. Run must be called for it to do its background work.
+func New(cfg Config) (*Driver, error) {
+	if _, ok := cfg.Backends[cfg.Backend]; !ok {
+		return nil, fmt.Errorf("unknown backend %q; valid: %s", cfg.Backend,
+			strings.Join(slices.Sorted(maps.Keys(cfg.Backends)), ", "))
+	}
+	j, err := openJournal(cfg.StateDir)
+	if err != nil {
+		return nil, err
+	}
+	epoch, err := j.nextEpoch()
+	if err != nil {
+		return nil, err
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	d := &Driver{
+		cfg: cfg, log: cfg.Log, journal: j,
+		confirmed: make(chan struct{}), ctx: ctx, stop: stop,
+		datasets: map[string]*dataset{}, known: map[string]ownership.Volume{},
+		waiting: map[string][]ownership.Request{}, suspects: map[string]time.Time{},
+	}
+	d.epoch.Store(epoch)
+	d.restore(ctx)
+	return d, nil
+}
+
+// Run does the background work until ctx ends: it answers other nodes' requests
+// and reconciles. It leaves everything mounted, for containers go on running and
+// the next process takes it up.
+func (d *Driver) Run(ctx context.Context) error {
+	d.background(d.serve)
+	d.background(d.reconcile)
+	d.background(d.keepKnown)
+	<-ctx.Done()
+	d.stop()
+	d.work.Wait()
+	d.saveKnown()
+	return context.Cause(ctx)
+}
+
+// background runs f until the driver stops.
+func (d *Driver) background(f func(context.Context)) {
+	d.work.Go(func() { f(d.ctx) })
+}
+
+// Activated notes that Docker has started anew: references from before may be
+// left over.
+func (d *Driver) Activated() {
+	epoch, err := d.journal.nextEpoch()
+	if err != nil {
+		d.log.Warn(err)
+		epoch = d.epoch.Load() + 1
+	}
+	d.epoch.Store(epoch)
+}
+
+// Create makes a volume, once in the cluster however many nodes ask for it. A
+// volume of that name that has every option given is fine.
+func (d *Driver) Create(ctx context.Context, name string, options map[string]string) error {
+	vol, err := d.parse(name, options)
+	if err != nil {
+		return err
+	}
+	stored, created, err := d.cfg.Map.Create(ctx, vol)
+	if err != nil {
+		return d.explain(name, err)
+	}
+	if !created {
+		if err := d.sameOptions(stored, vol, options); err != nil {
+			return err
+		}
+	}
+	if stored.Phase == ownership.PhaseCreating {
+		if stored, err = d.finishCreate(ctx, stored); err != nil {
+			if created {
+				err = d.undoCreate(ctx, stored, err)
+			}
+			return err
+		}
+	}
+	d.remember(stored)
+	return nil
+}
+
+// finishCreate makes the storage of a volume that is recorded, by whichever node
+// gets here: the dataset's id is the idempotency key.
+func (d *Driver) finishCreate(ctx context.Context, vol ownership.Volume) (ownership.Volume, error) {
+	backend, err := d.backend(vol.Backend)
+	if err != nil {
+		return vol, err
+	}
+	made, err := backend.Create(ctx, backends.CreateRequest{
+		ID: vol.ID, Name: vol.Name, Cluster: d.cfg.Map.Cluster(),
+		Size: vol.Size, Profile: vol.Profile, Options: vol.Options,
+	})
+	if err != nil {
+		return vol, fmt.Errorf("create volume %s: %w", vol.Name, err)
+	}
+	ready := vol
+	ready.Ref, ready.Size = made.Ref, made.Size
+	if ready, err = d.cfg.Map.Ready(ctx, ready); err != nil {
+		return vol, d.explain(vol.Name, err)
+	}
+	return ready, nil
+}
+
+// undoCreate removes a volume whose storage could not be made, unless another
+// node succeeded meanwhile.
+func (d *Driver) undoCreate(ctx context.Context, vol ownership.Volume, cause error) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+	defer cancel()
+	tombstone, err := d.cfg.Map.Delete(ctx, vol, 0)
+	if errors.Is(err, ownership.ErrConflict) {
+		return cause
+	}
+	if err == nil {
+		err = d.destroy(ctx, tombstone)
+	}
+	if err != nil {
+		return errors.Join(cause, fmt.Errorf("undo: %w", err))
+	}
+	return cause
+}
+
+// destroy removes the storage behind a tombstone and then the tombstone.
+func (d *Driver) destroy(ctx context.Context, tombstone ownership.Volume) error {
+	backend, err := d.backend(tombstone.Backend)
+	if err != nil {
+		return err
+	}
+	ref := tombstone.Ref
+	if ref == "" {
+		// Recorded, but its storage was never confirmed: there may be some.
+		volumes, err := backend.List(ctx)
+		if err != nil {
+			return err
+		}
+		for _, v := range volumes {
+			if v.ID == tombstone.ID {
+				ref = v.Ref
+			}
+		}
+	}
+	if ref != "" {
+		if err := backend.Delete(ctx, ref); err != nil && !errors.Is(err, backends.ErrNotFound) {
+			return err
+		}
+	}
+	return d.cfg.Map.Purge(ctx, tombstone)
+}
+
+// Remove destroys a volume and its data, unless it is in use on any node. A
+// volume that does not exist is removed already.
+func (d *Driver) Remove(ctx context.Context, name string) error {
+	if err := validName(name); err != nil {
+		return err
+	}
+	view, err := d.cfg.Map.Lookup(ctx, name)
+	if errors.Is(err, ownership.ErrNotFound) {
+		d.forget(name)
+		return d.removeForgotten(ctx, name)
+	}
+	if err != nil {
+		return fmt.Errorf("%w; the volume was not removed", d.explain(name, err))
+	}
+	ds, done := d.hold(view.Volume.ID)
+	defer done()
+	if err := ds.acquire(ctx); err != nil {
+		return err
+	}
+	defer ds.unlock()
+	if ds.lost != "" {
+		return fmt.Errorf("volume %s cannot be removed: %s", name, ds.lost)
+	}
+	if ds.refs.total() > 0 {
+		return inUseHere(name, d.cfg.Node.Host, ds.snapshot.Load().containers)
+	}
+	ds.vol = view.Volume
+	if view.Owner != nil && ds.token == 0 {
+		if err := d.claim(ctx, ds, "remove"); err != nil {
+			return err
+		}
+		if err := d.findAttachment(ctx, ds); err != nil {
+			return err
+		}
+	}
+	if err := d.closeFilesystem(ctx, ds); err != nil {
+		d.tidySoon(ds)
+		if errors.Is(err, mount.ErrBusy) {
+			return fmt.Errorf("%w: %w", inUseHere(name, d.cfg.Node.Host, nil), err)
+		}
+		return err
+	}
+	if err := d.detach(ctx, ds); err != nil {
+		d.tidySoon(ds)
+		return err
+	}
+	tombstone, err := d.cfg.Map.Delete(ctx, ds.vol, ds.token)
+	if err != nil {
+		ds.doubt = true
+		d.tidySoon(ds)
+		if held, ok := errors.AsType[*ownership.HeldError](err); ok {
+			return fmt.Errorf("%w; it was not removed", held)
+		}
+		return d.explain(name, err)
+	}
+	d.disown(ds)
+	d.forget(name)
+	if err := d.destroy(ctx, tombstone); err != nil {
+		// The name is free and nobody can mount it; reconcile tries again.
+		d.log.WithField("volume", name).Warnf("removed, but its storage is not yet: %v", err)
+	}
+	return nil
+}
+
+// removeForgotten answers for a volume the cluster has no record of: removed
+// already, unless this host has it still open.
+func (d *Driver) removeForgotten(ctx context.Context, name string) error {
+	local := d.byName(name)
+	if local == nil {
+		return nil
+	}
+	ds, done := d.hold(local.id)
+	defer done()
+	if err := ds.acquire(ctx); err != nil {
+		return err
+	}
+	defer ds.unlock()
+	if ds.idle() {
+		return nil
+	}
+	return fmt.Errorf("volume %s is gone from the cluster's records but still open on this host; stop its containers", name)
+}
+
+func inUseHere(name, host string, containers []string) error {
+	return &ownership.BusyError{Volume: name, Reply: ownership.Reply{Host: host, Busy: true, Containers: containers}}
+}
+
+// Mount makes a volume available below the mount root and returns the path. id is
+// Docker's name for this use of it.
+func (d *Driver) Mount(ctx context.Context, name, id string) (string, error) {
+	if err := validName(name); err != nil {
+		return "", err
+	}
+	vol, err := d.find(ctx, name)
+	if err != nil {
+		return "", err
+	}
+	err = d.mountVolume(ctx, vol, id)
+	if errors.Is(err, ownership.ErrNotFound) {
+		// The cache was older than a removal on another node, and perhaps a new
+		// volume of that name.
+		d.forget(name)
+		if vol, err = d.find(ctx, name); err != nil {
+			return "", err
+		}
+		err = d.mountVolume(ctx, vol, id)
+	}
+	if err != nil {
+		return "", err
+	}
+	return d.mountpoint(vol.ID), nil
+}
+
+func (d *Driver) mountVolume(ctx context.Context, vol ownership.Volume, id string) error {
+	ds, done := d.hold(vol.ID)
+	defer done()
+	if err := ds.acquire(ctx); err != nil {
+		return err
+	}
+	defer ds.unlock()
+	if ds.idle() {
+		ds.vol = vol // the claim reads it anew
+	}
+	if err := d.awaitConfirmed(ctx, ds); err != nil {
+		return err
+	}
+	if err := d.mount(ctx, ds, id); err != nil {
+		return err
+	}
+	d.learnContainers(ds)
+	return nil
+}
+
+// awaitConfirmed lets a Mount that needs more than what is mounted wait for the
+// first comparison with etcd: until then leftovers are not told from the living.
+func (d *Driver) awaitConfirmed(ctx context.Context, ds *dataset) error {
+	if up, err := d.isMounted(ds); err != nil || up {
+		return err
+	}
+	select {
+	case <-d.confirmed:
+		return nil
+	default:
+	}
+	// The comparison needs the dataset's lock.
+	<-ds.lock
+	defer func() { ds.lock <- struct{}{} }()
+	timeout := time.NewTimer(confirmWait)
+	defer timeout.Stop()
+	select {
+	case <-d.confirmed:
+		return nil
+	case <-timeout.C:
+	case <-ctx.Done():
+	}
+	return d.explain(ds.vol.Name, fmt.Errorf("%w: etcd has not answered since this plugin started", ownership.ErrUnavailable))
+}
+
+// confirmWait bounds how long a Mount waits for the start to be over.
+const confirmWait = 20 * time.Second
+
+// find returns the volume of a name: what is owned here or known, else what etcd
+// says.
+func (d *Driver) find(ctx context.Context, name string) (ownership.Volume, error) {
+	if local := d.byName(name); local != nil {
+		return local.snapshot.Load().vol, nil
+	}
+	if vol, ok := d.recall(name); ok {
+		return vol, nil
+	}
+	view, err := d.cfg.Map.Lookup(ctx, name)
+	if err != nil {
+		return ownership.Volume{}, d.explain(name, err)
+	}
+	d.remember(view.Volume)
+	return view.Volume, nil
+}
+
+// Unmount takes back one Mount. It is idempotent, and fails only where the data
+// could not be written back; Docker ignores that, and so the driver tries again
+// by itself.
+func (d *Driver) Unmount(ctx context.Context, name, id string) error {
+	local := d.byName(name)
+	if local == nil {
+		return nil
+	}
+	ds, done := d.hold(local.id)
+	defer done()
+	if err := ds.acquire(ctx); err != nil {
+		return err
+	}
+	defer ds.unlock()
+	if ds.token == 0 {
+		return nil
+	}
+	ds.refs.drop(id)
+	if err := d.journal.save(ds.record(d.cfg.Node.Boot)); err != nil {
+		d.log.WithField("volume", name).Warn(err)
+	}
+	if ds.refs.total() > 0 {
+		return nil
+	}
+	err := d.closeFilesystem(ctx, ds)
+	if errors.Is(err, mount.ErrBusy) {
+		d.log.WithField("volume", name).Infof("still open: %v", err)
+		d.retry(ds)
+		return nil
+	}
+	if err != nil {
+		d.retry(ds)
+		return err
+	}
+	d.tidySoon(ds)
+	return nil
+}
+
+// Path returns where a volume is mounted on this host, or "".
+func (d *Driver) Path(ctx context.Context, name string) (string, error) {
+	v, err := d.Get(ctx, name)
+	return v.Mountpoint, err
+}
+
+// explain turns what the map says into a sentence for the user.
+func (d *Driver) explain(name string, err error) error {
+	switch {
+	case errors.Is(err, ownership.ErrNotFound):
+		return fmt.Errorf("%w: %s; create it with: docker volume create -d flocker %s", ownership.ErrNotFound, name, name)
+	case errors.Is(err, ownership.ErrUnavailable):
+		return fmt.Errorf("volume %s: %w; what is mounted keeps working, retry when etcd answers", name, err)
+	default:
+		return fmt.Errorf("volume %s: %w", name, err)
+	}
+}
+
+func (d *Driver) backend(name string) (backends.Backend, error) {
+	if b, ok := d.cfg.Backends[name]; ok {
+		return b, nil
+	}
+	return nil, fmt.Errorf("backend %q is not configured on host %s; configured: %s", name, d.cfg.Node.Host,
+		strings.Join(slices.Sorted(maps.Keys(d.cfg.Backends)), ", "))
+}
+
+// hold returns the dataset of an id, and keeps it in memory until done.
+func (d *Driver) hold(vid string) (ds *dataset, done func()) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	ds, ok := d.datasets[vid]
+	if !ok {
+		ds = newDataset(vid)
+		d.datasets[vid] = ds
+	}
+	ds.users++
+	return ds, func() {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if ds.users--; ds.users > 0 {
+			return
+		}
+		if s := ds.snapshot.Load(); s.idle() {
+			delete(d.datasets, vid)
+			if ds.timer != nil {
+				ds.timer.Stop()
+			}
+		}
+	}
+}
+
+// local returns the datasets that have something on this node.
+func (d *Driver) local() []*dataset {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var local []*dataset
+	for _, ds := range d.datasets {
+		if s := ds.snapshot.Load(); !s.idle() {
+			local = append(local, ds)
+		}
+	}
+	return local
+}
+
+// byName returns the dataset of this name that has something on this node.
+func (d *Driver) byName(name string) *dataset {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if vol, ok := d.known[name]; ok {
+		if ds := d.datasets[vol.ID]; ds != nil && !ds.snapshot.Load().idle() && ds.snapshot.Load().vol.Name == name {
+			return ds
+		}
+	}
+	for _, ds := range d.datasets {
+		if s := ds.snapshot.Load(); s.vol.Name == name && !s.idle() {
+			return ds
+		}
+	}
+	return nil
+}
+
+// schedule runs tidy on a volume after a delay; the latest call counts.
+func (d *Driver) schedule(ds *dataset, delay time.Duration) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if ds.timer != nil {
+		ds.timer.Stop()
+	}
+	if d.ctx.Err() != nil {
+		return
+	}
+	ds.timer = time.AfterFunc(delay, func() {
+		if d.ctx.Err() == nil {
+			d.background(func(ctx context.Context) { d.tidy(ctx, ds.id) })
+		}
+	})
+}
+
+// learnContainers asks Docker, in a while, which containers use a volume: for the
+// people who read `docker volume inspect` and the errors of other hosts.
+func (d *Driver) learnContainers(ds *dataset) {
+	if d.cfg.Docker == nil {
+		return
+	}
+	d.background(func(ctx context.Context) {
+		if sleep(ctx, jitter(2*time.Second)) {
+			d.askDocker(ctx, ds)
+		}
+	})
+}
+
+func (d *Driver) setWaiting(requests []ownership.Request) {
+	waiting := map[string][]ownership.Request{}
+	for _, r := range requests {
+		waiting[r.Volume] = append(waiting[r.Volume], r)
+	}
+	for _, list := range waiting {
+		slices.SortFunc(list, func(a, b ownership.Request) int { return int(a.Revision - b.Revision) })
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.waiting = waiting
+}
+
+// waitingFor returns who waits for a volume of this node, oldest first.
+func (d *Driver) waitingFor(vid string) []ownership.Request {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.waiting[vid]
+}
+
+func (d *Driver) waitingVolumes() []string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Collect(maps.Keys(d.waiting))
+}

@@ -1,0 +1,355 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/driver/mount"
+	"github.com/flocker-plugin/flocker/driver/ownership"
+)
+
+const (
+	// undoTimeout bounds the undo of a failed Mount. It runs after the caller may
+	// have gone, so it has a deadline of its own.
+	undoTimeout = 30 * time.Second
+	// settle is how long after a Mount's reply its container may not be seen yet,
+	// neither by the kernel nor by Docker (safety: Docker bind-mounts later).
+	settle = 60 * time.Second
+)
+
+// target is where a volume's filesystem is mounted; containers get its DataDir.
+func (d *Driver) target(ds *dataset) string {
+	return filepath.Join(d.cfg.MountRoot, ds.id)
+}
+
+func (d *Driver) mountpoint(vid string) string {
+	return filepath.Join(d.cfg.MountRoot, vid, mount.DataDir)
+}
+
+// mount brings the volume up as far as it is not and counts the caller. The
+// straight line: claim, attach, mount. What this call did is undone if it fails,
+// or if the caller has gone: Docker sends no Unmount for a Mount it did not see
+// succeed. The dataset's lock is held.
+func (d *Driver) mount(ctx context.Context, ds *dataset, id string) (err error) {
+	if ds.lost != "" {
+		return fmt.Errorf("volume %s cannot be mounted here: %s", ds.vol.Name, ds.lost)
+	}
+	var undo undoStack
+	defer func() {
+		if err != nil {
+			err = undo.run(ctx, err)
+			d.tidySoon(ds)
+		}
+	}()
+
+	up, err := d.isMounted(ds)
+	if err != nil {
+		return err
+	}
+	if !up {
+		if err := d.own(ctx, ds, &undo); err != nil {
+			return err
+		}
+		if err := d.attach(ctx, ds, &undo); err != nil {
+			return err
+		}
+		if err := d.mountFilesystem(ctx, ds, &undo); err != nil {
+			return err
+		}
+	}
+
+	kept, had := ds.refs[id]
+	ds.refs.add(id, d.epoch.Load(), time.Now())
+	undo.push("forget the mount", func(context.Context) error {
+		if delete(ds.refs, id); had {
+			ds.refs[id] = kept
+		}
+		return d.journal.save(ds.record(d.cfg.Node.Boot))
+	})
+	if err := d.journal.save(ds.record(d.cfg.Node.Boot)); err != nil {
+		return err
+	}
+	if ctx.Err() != nil {
+		return fmt.Errorf("the caller has gone: %w", context.Cause(ctx))
+	}
+	return nil
+}
+
+// isMounted asks the mount table whether the volume is mounted from the device
+// this node attached. A managed plugin that was disabled by force has lost its
+// mounts while containers keep theirs.
+func (d *Driver) isMounted(ds *dataset) (bool, error) {
+	if !ds.mounted {
+		return false, nil
+	}
+	device, err := d.cfg.Mounter.Mounted(d.target(ds))
+	if err != nil {
+		return false, err
+	}
+	ds.mounted = device != ""
+	if ds.mounted && (ds.att == nil || device != ds.att.Device) {
+		return false, fmt.Errorf("volume %s: %s is mounted where it should be; unmount it and retry", ds.vol.Name, device)
+	}
+	return ds.mounted, nil
+}
+
+// own makes this node the owner, if it is not.
+func (d *Driver) own(ctx context.Context, ds *dataset, undo *undoStack) error {
+	if ds.token != 0 && ds.doubt {
+		if err := d.retake(ctx, ds); err != nil && !errors.Is(err, ownership.ErrLost) {
+			return d.explain(ds.vol.Name, err)
+		}
+	}
+	if ds.token == 0 {
+		undo.push("release ownership", func(ctx context.Context) error { return d.release(ctx, ds) })
+		return d.claim(ctx, ds, "mount")
+	}
+	// Kept from before, lingering. While the lease is valid nobody can have taken
+	// it; otherwise ask.
+	if d.cfg.Map.Live() == nil && ds.verified {
+		return nil
+	}
+	if err := d.cfg.Map.Check(ctx, ds.id, ds.token); err != nil {
+		return d.explain(ds.vol.Name, err)
+	}
+	ds.verified = true
+	return nil
+}
+
+// retake renews the token, so that a release of the old one that is still on its
+// way fails. If the old one is no longer current, this node owns nothing.
+func (d *Driver) retake(ctx context.Context, ds *dataset) error {
+	owner, vol, err := d.cfg.Map.Retake(ctx, ownership.Owner{Volume: ds.id, Node: d.cfg.Node.ID, Token: ds.token})
+	if errors.Is(err, ownership.ErrLost) || errors.Is(err, ownership.ErrNotFound) {
+		d.disown(ds)
+		return ownership.ErrLost
+	}
+	if err != nil {
+		return err
+	}
+	ds.vol, ds.token, ds.verified, ds.doubt = vol, owner.Token, true, false
+	return nil
+}
+
+// disown notes that this node does not own the volume any more.
+func (d *Driver) disown(ds *dataset) {
+	ds.token, ds.verified, ds.doubt, ds.attempts = 0, false, false, 0
+	clear(ds.refs)
+	if err := d.journal.remove(ds.id); err != nil {
+		d.log.WithField("volume", ds.vol.Name).Warn(err)
+	}
+}
+
+// attach makes the volume's device appear, under the present token. Attachments
+// of an older token are dropped, never adopted.
+func (d *Driver) attach(ctx context.Context, ds *dataset, undo *undoStack) error {
+	if ds.att != nil {
+		return nil
+	}
+	backend, err := d.backend(ds.vol.Backend)
+	if err != nil {
+		return err
+	}
+	// Pushed before the call: one that fails may have attached all the same.
+	undo.push("detach", func(ctx context.Context) error { return d.detach(ctx, ds) })
+	want := backends.Attachment{Ref: ds.vol.Ref, Volume: ds.id, Node: d.cfg.Node.ID, Token: ds.token}
+	ds.att = &want
+	att, err := backend.Attach(ctx, backends.AttachRequest{Ref: want.Ref, Volume: want.Volume, Token: want.Token})
+	if other, ok := errors.AsType[*backends.AttachedError](err); ok && other.Node == d.cfg.Node.ID && other.Token != ds.token {
+		if err := d.dropStale(ctx, backend, ds); err != nil {
+			return err
+		}
+		att, err = backend.Attach(ctx, backends.AttachRequest{Ref: want.Ref, Volume: want.Volume, Token: want.Token})
+	}
+	if err != nil {
+		return fmt.Errorf("attach volume %s: %w", ds.vol.Name, err)
+	}
+	ds.att, ds.closed = &att, false
+	return nil
+}
+
+// dropStale detaches what this node attached under older tokens.
+func (d *Driver) dropStale(ctx context.Context, backend backends.Backend, ds *dataset) error {
+	attachments, err := backend.Attachments(ctx)
+	if err != nil {
+		return fmt.Errorf("list attachments: %w", err)
+	}
+	for _, att := range attachments {
+		if att.Volume != ds.id || att.Token == ds.token {
+			continue
+		}
+		if err := backend.Detach(ctx, att); err != nil {
+			return fmt.Errorf("detach volume %s, left attached from before: %w", ds.vol.Name, err)
+		}
+	}
+	return nil
+}
+
+// mountFilesystem formats the device exactly once, by record, and mounts it.
+func (d *Driver) mountFilesystem(ctx context.Context, ds *dataset, undo *undoStack) error {
+	if !ds.vol.Formatted {
+		err := d.cfg.Mounter.Format(ctx, mount.FormatSpec{
+			Device: ds.att.Device, FS: ds.vol.FS, UUID: ds.id, Label: ds.vol.Name, Options: ds.vol.Mkfs,
+		})
+		if err != nil {
+			return fmt.Errorf("format volume %s: %w", ds.vol.Name, err)
+		}
+		vol, err := d.cfg.Map.Formatted(ctx, ds.id, ds.token, ds.vol)
+		if err != nil {
+			return d.explain(ds.vol.Name, err)
+		}
+		ds.vol = vol
+		d.remember(vol)
+	}
+	warnings, err := d.cfg.Mounter.Mount(ctx, mount.Spec{
+		Device: ds.att.Device, FS: ds.vol.FS, UUID: ds.id, Options: ds.vol.Mount, Target: d.target(ds),
+	}, mount.Owner{UID: ds.vol.UID, GID: ds.vol.GID, Mode: fileMode(ds.vol.Mode)})
+	for _, w := range warnings {
+		d.log.WithField("volume", ds.vol.Name).Warn(w)
+	}
+	if err != nil {
+		return fmt.Errorf("mount volume %s: %w", ds.vol.Name, err)
+	}
+	ds.mounted, ds.closed = true, false
+	undo.push("unmount", func(ctx context.Context) error { return d.unmountFilesystem(ctx, ds) })
+	return nil
+}
+
+// letGo takes the volume down as far as it can be: unmount, prove it closed,
+// detach, then hand it over or release it. It stops at the first failure, with
+// the state as it then is, and is called again by tidy. The dataset's lock is
+// held, and nothing refers to the volume.
+func (d *Driver) letGo(ctx context.Context, ds *dataset) error {
+	if err := d.closeFilesystem(ctx, ds); err != nil {
+		return err
+	}
+	if err := d.detach(ctx, ds); err != nil {
+		return err
+	}
+	return d.release(ctx, ds)
+}
+
+// closeFilesystem unmounts and proves that nobody else has the filesystem. If
+// somebody has, it mounts it again: a container still runs on it, of which Docker
+// told us the end or forgot to tell us the beginning.
+func (d *Driver) closeFilesystem(ctx context.Context, ds *dataset) error {
+	if ds.att == nil || ds.closed {
+		return nil
+	}
+	if ds.att.Device == "" { // an attach that failed; detach will look
+		return nil
+	}
+	wasMounted := ds.mounted
+	if err := d.unmountFilesystem(ctx, ds); err != nil {
+		return err
+	}
+	err := d.cfg.Mounter.Close(ctx, ds.att.Device)
+	if err == nil {
+		ds.closed = true
+		return nil
+	}
+	err = fmt.Errorf("close volume %s: %w", ds.vol.Name, err)
+	if wasMounted && ds.lost == "" {
+		again, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+		defer cancel()
+		var keep undoStack
+		if remount := d.mountFilesystem(again, ds, &keep); remount != nil {
+			return errors.Join(err, fmt.Errorf("mount it again: %w", remount))
+		}
+	}
+	return err
+}
+
+func (d *Driver) unmountFilesystem(ctx context.Context, ds *dataset) error {
+	if !ds.mounted {
+		return nil
+	}
+	if err := d.cfg.Mounter.Unmount(ctx, d.target(ds)); err != nil {
+		return fmt.Errorf("unmount volume %s: %w", ds.vol.Name, err)
+	}
+	ds.mounted = false
+	ds.publish()
+	return nil
+}
+
+// detach drops the attachment, with the intent on disk first: a process that is
+// killed here finishes this detach before it attaches anything again.
+func (d *Driver) detach(ctx context.Context, ds *dataset) error {
+	if ds.att == nil {
+		return nil
+	}
+	backend, err := d.backend(ds.vol.Backend)
+	if err != nil {
+		return err
+	}
+	if !ds.closed && ds.att.Device != "" {
+		if err := d.cfg.Mounter.Close(ctx, ds.att.Device); err != nil {
+			return fmt.Errorf("close volume %s: %w", ds.vol.Name, err)
+		}
+	}
+	intent := ds.record(d.cfg.Node.Boot)
+	intent.Detaching = true
+	if err := d.journal.save(intent); err != nil {
+		return err
+	}
+	if err := backend.Detach(ctx, *ds.att); err != nil && !errors.Is(err, backends.ErrNotFound) {
+		return fmt.Errorf("detach volume %s: %w", ds.vol.Name, err)
+	}
+	ds.att, ds.closed = nil, false
+	ds.publish()
+	return nil
+}
+
+// release gives the volume to the node that has waited longest, or frees it.
+func (d *Driver) release(ctx context.Context, ds *dataset) error {
+	if ds.token == 0 {
+		return nil
+	}
+	var err error
+	handed := false
+	if waiting := d.waitingFor(ds.id); len(waiting) > 0 {
+		// HandOver frees the volume if the requester has gone meanwhile.
+		handed, err = d.cfg.Map.HandOver(ctx, ds.id, ds.token, waiting[0])
+		if handed {
+			d.log.WithField("volume", ds.vol.Name).Infof("handed over to host %s", waiting[0].Host)
+		}
+	} else {
+		err = d.cfg.Map.Release(ctx, ds.id, ds.token)
+	}
+	if err != nil && !errors.Is(err, ownership.ErrLost) {
+		ds.doubt = true
+		return fmt.Errorf("release volume %s: %w", ds.vol.Name, err)
+	}
+	d.disown(ds)
+	return nil
+}
+
+// undoStack collects how to undo what was done. run goes from the newest to the
+// oldest and stops at the first failure: what is mounted must stay attached, what
+// is attached must stay owned.
+type undoStack []undoStep
+
+type undoStep struct {
+	what string
+	do   func(context.Context) error
+}
+
+func (u *undoStack) push(what string, do func(context.Context) error) {
+	*u = append(*u, undoStep{what, do})
+}
+
+func (u *undoStack) run(ctx context.Context, cause error) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+	defer cancel()
+	for _, step := range slices.Backward(*u) {
+		if err := step.do(ctx); err != nil {
+			return errors.Join(cause, fmt.Errorf("undo: %s: %w", step.what, err))
+		}
+	}
+	return cause
+}

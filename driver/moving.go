@@ -1,0 +1,302 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"time"
+
+	"github.com/flocker-plugin/flocker/driver/ownership"
+)
+
+// poll is how often a wait looks by itself: watches only wake it.
+const poll = 2 * time.Second
+
+// claim makes this node the owner of a volume: at once if it is free, by asking
+// its owner otherwise. It waits for an owner whose containers use the volume for
+// the configured time, and for one that is about to let go until ctx ends. The
+// dataset's lock is held.
+func (d *Driver) claim(ctx context.Context, ds *dataset, purpose string) error {
+	started := time.Now()
+	for {
+		owner, vol, err := d.cfg.Map.Claim(ctx, ds.id)
+		if err == nil {
+			ds.vol = vol
+			return d.owned(ds, owner)
+		}
+		if phase, ok := errors.AsType[*ownership.PhaseError](err); ok && phase.Volume.Phase == ownership.PhaseCreating {
+			// Its creator did not finish, or has not yet: whoever is first.
+			if _, err := d.finishCreate(ctx, phase.Volume); err != nil {
+				return err
+			}
+			continue
+		}
+		held, ok := errors.AsType[*ownership.HeldError](err)
+		if !ok {
+			d.suspect(ds, err)
+			return d.explain(ds.vol.Name, err)
+		}
+		ds.vol = held.Volume
+		switch {
+		case held.Owner.Node == d.cfg.Node.ID:
+			if err := d.takeUp(ctx, ds, held.Owner); !errors.Is(err, ownership.ErrLost) {
+				return err
+			}
+			continue
+		case !held.Live:
+			return deadOwner(held)
+		}
+		again, err := d.ask(ctx, ds, held, purpose, started)
+		if err != nil || !again {
+			return err
+		}
+	}
+}
+
+// takeUp continues an ownership of this node that this process knows nothing of:
+// with its attachment if there is one, else under a new token.
+func (d *Driver) takeUp(ctx context.Context, ds *dataset, owner ownership.Owner) error {
+	ds.token = owner.Token
+	if err := d.findAttachment(ctx, ds); err != nil {
+		return err
+	}
+	if ds.att != nil {
+		return d.owned(ds, owner)
+	}
+	return d.retake(ctx, ds)
+}
+
+// owned notes the token.
+func (d *Driver) owned(ds *dataset, owner ownership.Owner) error {
+	ds.token, ds.verified, ds.doubt = owner.Token, true, false
+	if owner.Pending != nil {
+		return fmt.Errorf("volume %s: its takeover from node %s is not finished", ds.vol.Name, owner.Pending.Node)
+	}
+	return nil
+}
+
+// ask requests the volume from its live owner and waits. again says to claim
+// anew: the owner changed. With neither again nor an error it is ours.
+func (d *Driver) ask(ctx context.Context, ds *dataset, held *ownership.HeldError, purpose string, started time.Time) (again bool, err error) {
+	watch, stop := context.WithCancel(ctx)
+	defer stop()
+	changed := d.cfg.Map.WatchVolume(watch, ds.id)
+
+	switch err := d.cfg.Map.Request(ctx, held.Owner, purpose); {
+	case errors.Is(err, ownership.ErrConflict):
+		return true, nil
+	case err != nil:
+		if dead, ok := errors.AsType[*ownership.HeldError](err); ok && !dead.Live {
+			return false, deadOwner(held)
+		}
+		return false, d.explain(ds.vol.Name, err)
+	}
+	d.log.WithField("volume", ds.vol.Name).Infof("asked host %s for it", held.Owner.Host)
+
+	patience := time.NewTimer(max(0, d.cfg.BusyWait-time.Since(started)))
+	defer patience.Stop()
+	ticker := time.NewTicker(poll)
+	defer ticker.Stop()
+	impatient := d.cfg.BusyWait <= 0 || purpose == "remove"
+	for {
+		view, err := d.cfg.Map.View(ctx, ds.id)
+		switch {
+		case err != nil && ctx.Err() == nil && errors.Is(err, ownership.ErrUnavailable):
+			// Keep waiting: the request is still there, and so may be the answer.
+		case err != nil:
+			return d.withdraw(ctx, ds, held.Owner, d.explain(ds.vol.Name, err))
+		case view.Owner == nil:
+			return true, d.cfg.Map.Withdraw(ctx, held.Owner)
+		case view.Owner.Node == d.cfg.Node.ID:
+			ds.vol = view.Volume
+			return false, d.owned(ds, *view.Owner)
+		case view.Owner.Token != held.Owner.Token:
+			return true, d.cfg.Map.Withdraw(ctx, held.Owner)
+		case !view.OwnerLive:
+			return d.withdraw(ctx, ds, held.Owner, deadOwner(held))
+		}
+		reply, replied, err := d.cfg.Map.Replied(ctx, ds.id)
+		busy := err == nil && replied && reply.Node == held.Owner.Node && reply.Busy
+		if busy && impatient {
+			return d.withdraw(ctx, ds, held.Owner, d.busyError(ds, reply, started))
+		}
+		select {
+		case <-changed:
+		case <-ticker.C:
+			// The request is on this node's lease, which may have ended meanwhile.
+			if errors.Is(d.cfg.Map.Request(ctx, held.Owner, purpose), ownership.ErrConflict) {
+				continue
+			}
+		case <-patience.C:
+			impatient = true
+		case <-ctx.Done():
+			if busy {
+				return d.withdraw(ctx, ds, held.Owner, d.busyError(ds, reply, started))
+			}
+			return d.withdraw(ctx, ds, held.Owner, fmt.Errorf("volume %s is still moving here from host %s; retry: %w",
+				ds.vol.Name, held.Owner.Host, context.Cause(ctx)))
+		}
+	}
+}
+
+// withdraw takes the request back and returns cause, unless the owner handed
+// over in that moment: then the volume is ours after all.
+func (d *Driver) withdraw(ctx context.Context, ds *dataset, owner ownership.Owner, cause error) (again bool, err error) {
+	gone := ctx.Err() != nil
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+	defer cancel()
+	if err := d.cfg.Map.Withdraw(ctx, owner); err != nil {
+		return false, errors.Join(cause, fmt.Errorf("withdraw the request: %w", err))
+	}
+	view, err := d.cfg.Map.View(ctx, ds.id)
+	if err != nil || view.Owner == nil || view.Owner.Node != d.cfg.Node.ID {
+		return false, cause
+	}
+	ds.vol = view.Volume
+	if err := d.owned(ds, *view.Owner); err != nil {
+		return false, err
+	}
+	if gone {
+		return false, errors.Join(cause, d.release(ctx, ds))
+	}
+	return false, nil
+}
+
+func (d *Driver) busyError(ds *dataset, reply ownership.Reply, started time.Time) error {
+	waited := time.Since(started).Round(time.Second)
+	err := &ownership.BusyError{Volume: ds.vol.Name, Reply: reply, Waited: waited}
+	if waited < time.Second {
+		return fmt.Errorf("%w; stop what uses it there and retry", err)
+	}
+	return fmt.Errorf("%w; waited %s for it to stop; stop what uses it there and retry", err, waited)
+}
+
+func deadOwner(held *ownership.HeldError) error {
+	return fmt.Errorf("%w; its storage may still be in use there, so nothing was changed: "+
+		"bring host %s back (its plugin then frees the volume when nothing uses it)", held, held.Owner.Host)
+}
+
+// serve answers the other nodes' requests for volumes this node owns.
+func (d *Driver) serve(ctx context.Context) {
+	wake := d.cfg.Map.WatchRequests(ctx)
+	for {
+		waiting, err := d.cfg.Map.Waiting(ctx)
+		if err == nil {
+			d.setWaiting(waiting)
+			for _, vid := range d.waitingVolumes() {
+				d.background(func(ctx context.Context) { d.answer(ctx, vid) })
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-wake:
+		case <-time.After(jitter(poll * 5)):
+		}
+	}
+}
+
+// answer lets go of a volume another node asks for, or says why not.
+func (d *Driver) answer(ctx context.Context, vid string) {
+	ds, done := d.hold(vid)
+	defer done()
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	if ds.acquire(ctx) != nil {
+		return // a long operation holds it; the next look finds the request again
+	}
+	defer ds.unlock()
+	waiting := d.waitingFor(vid)
+	if len(waiting) == 0 {
+		return
+	}
+	if ds.lost != "" || ds.token == 0 && !d.adopt(ctx, ds) {
+		return
+	}
+	log := d.log.WithField("volume", ds.vol.Name)
+
+	busy, containers := d.inUse(ctx, ds)
+	var err error
+	if !busy {
+		if err = d.letGo(ctx, ds); err == nil {
+			return
+		}
+		log.Infof("cannot be handed over: %v", err)
+		d.tidySoon(ds)
+	}
+	for _, req := range waiting {
+		reply := ownership.Reply{Volume: vid, Busy: true, Containers: containers}
+		if err != nil {
+			reply.Detail = err.Error()
+		}
+		if err := d.cfg.Map.Reply(ctx, req, reply); err != nil {
+			log.Warnf("answer host %s: %v", req.Host, err)
+		}
+	}
+}
+
+// adopt takes up an ownership this process knows nothing of: etcd names this node,
+// from a claim whose reply was lost or an earlier process.
+func (d *Driver) adopt(ctx context.Context, ds *dataset) bool {
+	view, err := d.cfg.Map.View(ctx, ds.id)
+	if err != nil || view.Owner == nil || view.Owner.Node != d.cfg.Node.ID {
+		return false
+	}
+	ds.vol, ds.token, ds.verified = view.Volume, view.Owner.Token, true
+	return d.findAttachment(ctx, ds) == nil
+}
+
+// suspect remembers a volume whose claim had an unknown outcome: it may become
+// this node's at any moment, without anybody here who wants it.
+func (d *Driver) suspect(ds *dataset, err error) {
+	if !errors.Is(err, ownership.ErrUnavailable) {
+		return
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.suspects[ds.id] = time.Now()
+}
+
+// inUse says whether containers use a volume, and their names if Docker tells.
+// It is asked in the background only: Docker may be waiting for us otherwise. A
+// false answer means "try to close it": the exclusive open decides.
+func (d *Driver) inUse(ctx context.Context, ds *dataset) (busy bool, containers []string) {
+	if ds.refs.total() == 0 {
+		return false, nil
+	}
+	names, known := d.askDocker(ctx, ds)
+	switch {
+	case len(names) > 0:
+		return true, names
+	case time.Since(ds.refs.youngest()) < settle:
+		return true, nil
+	case known:
+		return false, nil // the Unmounts were lost
+	default:
+		return ds.refs.current(d.epoch.Load()), nil
+	}
+}
+
+// askDocker returns the names of the containers that use a volume; known is false
+// if Docker could not be asked.
+func (d *Driver) askDocker(ctx context.Context, ds *dataset) (names []string, known bool) {
+	if d.cfg.Docker == nil {
+		return nil, false
+	}
+	containers, err := d.cfg.Docker.Using(ctx, ds.vol.Name)
+	if err != nil {
+		return nil, false
+	}
+	names = containerNames(containers)
+	ds.setContainers(names)
+	return names, true
+}
+
+// jitter returns about d, between three and five quarters of it.
+func jitter(d time.Duration) time.Duration {
+	if d <= 0 {
+		return 0
+	}
+	return d*3/4 + rand.N(d/2+1)
+}

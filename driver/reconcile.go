@@ -1,0 +1,384 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/driver/ownership"
+)
+
+// restore takes up what an earlier process of this host left, from the journal
+// and the kernel alone: enough to answer Get, Path and Unmount, and Mount of what
+// is mounted. Whether this node still owns it is for confirm to ask etcd.
+func (d *Driver) restore(ctx context.Context) {
+	known, err := d.journal.loadKnown()
+	if err != nil {
+		d.log.Errorf("%v; volumes of other hosts are unknown until etcd answers", err)
+	}
+	for _, vol := range known {
+		d.remember(vol)
+	}
+	records, broken := d.journal.load()
+	for _, err := range broken {
+		d.log.Error(err)
+	}
+	for _, r := range records {
+		ds, done := d.hold(r.ID)
+		if ds.acquire(ctx) == nil {
+			d.restoreRecord(ctx, ds, r)
+			ds.unlock()
+		}
+		done()
+	}
+}
+
+func (d *Driver) restoreRecord(ctx context.Context, ds *dataset, r record) {
+	ds.token = r.Token
+	if vol, ok := d.recall(r.Name); ok && vol.ID == r.ID {
+		ds.vol = vol
+	} else {
+		ds.vol = ownership.Volume{ID: r.ID, Name: r.Name}
+	}
+	// A new boot voids the Mount calls: their containers are gone.
+	ds.refs = refs{}
+	if r.Boot == d.cfg.Node.Boot && r.Refs != nil {
+		ds.refs = r.Refs
+	}
+	if err := d.findAttachment(ctx, ds); err != nil {
+		d.log.WithField("volume", r.Name).Warn(err)
+	}
+}
+
+// findAttachment asks the backend and the mount table what there is of a volume
+// under the token it is owned by.
+func (d *Driver) findAttachment(ctx context.Context, ds *dataset) error {
+	backend, err := d.backend(ds.vol.Backend)
+	if err != nil {
+		return err
+	}
+	attachments, err := backend.Attachments(ctx)
+	if err != nil {
+		return err
+	}
+	ds.att, ds.closed = nil, false
+	for _, att := range attachments {
+		if att.Volume == ds.id && att.Token == ds.token {
+			ds.att = &att
+		}
+	}
+	device, err := d.cfg.Mounter.Mounted(d.target(ds))
+	if err != nil {
+		return err
+	}
+	ds.mounted = device != "" && ds.att != nil && device == ds.att.Device
+	// Without an attachment, whoever had the token may have begun to release it.
+	ds.doubt = ds.att == nil
+	return nil
+}
+
+// confirm compares what this node believes to own with etcd, once etcd answers.
+func (d *Driver) confirm(ctx context.Context) error {
+	owned, err := d.cfg.Map.Owned(ctx)
+	if err != nil {
+		return err
+	}
+	tokens := make(map[string]int64, len(owned))
+	for _, o := range owned {
+		tokens[o.Volume] = o.Token
+	}
+	for _, ds := range d.local() {
+		if _, ok := tokens[ds.id]; !ok {
+			tokens[ds.id] = 0
+		}
+	}
+	// Attachments that no record and no ownership speaks of are dropped too.
+	for name, backend := range d.cfg.Backends {
+		attachments, err := backend.Attachments(ctx)
+		if err != nil {
+			d.log.Warnf("list attachments of %s: %v", name, err)
+			continue
+		}
+		for _, att := range attachments {
+			if token, ok := tokens[att.Volume]; !ok || token != att.Token {
+				d.dropForeign(ctx, backend, att)
+			}
+		}
+	}
+	for vid, token := range tokens {
+		d.confirmVolume(ctx, vid, token)
+	}
+	return nil
+}
+
+// dropForeign detaches an attachment that belongs to no present ownership, if
+// nobody has it open. One that is open stays, and blocks the volume, which is
+// what keeps its data whole.
+func (d *Driver) dropForeign(ctx context.Context, backend backends.Backend, att backends.Attachment) {
+	ds, done := d.hold(att.Volume)
+	defer done()
+	if ds.acquire(ctx) != nil {
+		return
+	}
+	defer ds.unlock()
+	if ds.att != nil && ds.att.Token == att.Token && ds.token == att.Token {
+		return // taken meanwhile, or to be confirmed as lost below
+	}
+	log := d.log.WithField("volume", att.Volume)
+	if now, err := backend.Attachments(ctx); err != nil || !slices.Contains(now, att) {
+		return
+	}
+	if target, err := d.cfg.Mounter.Mounted(d.target(ds)); err == nil && target == att.Device && ds.token == 0 {
+		if err := d.cfg.Mounter.Unmount(ctx, d.target(ds)); err != nil {
+			log.Errorf("unmount %s, left from token %d: %v", att.Device, att.Token, err)
+			return
+		}
+	}
+	if err := d.cfg.Mounter.Close(ctx, att.Device); err != nil {
+		log.Errorf("%s is attached under token %d, which is over, and in use: %v", att.Device, att.Token, err)
+		return
+	}
+	if err := backend.Detach(ctx, att); err != nil {
+		log.Warnf("detach %s, left from token %d: %v", att.Device, att.Token, err)
+		return
+	}
+	log.Infof("detached %s, left from token %d", att.Device, att.Token)
+}
+
+// confirmVolume settles one volume. token is what etcd says, 0 if this node does
+// not own it.
+func (d *Driver) confirmVolume(ctx context.Context, vid string, token int64) {
+	ds, done := d.hold(vid)
+	defer done()
+	if ds.acquire(ctx) != nil {
+		return
+	}
+	defer ds.unlock()
+	log := d.log.WithField("volume", ds.vol.Name)
+	switch {
+	case ds.verified && (ds.token == token || d.cfg.Map.Check(ctx, vid, ds.token) == nil):
+		// Owned since, or all the time: the list is older than the lock.
+	case ds.token == token && token != 0:
+		ds.verified = true
+	case token != 0 && ds.token == 0:
+		if !d.adopt(ctx, ds) {
+			return
+		}
+	case token != 0:
+		log.Errorf("this host owns it under token %d, the journal says %d", token, ds.token)
+		d.lose(ctx, ds)
+		d.adopt(ctx, ds)
+	case ds.token != 0:
+		if err := d.cfg.Map.Check(ctx, vid, ds.token); !errors.Is(err, ownership.ErrLost) {
+			return
+		}
+		d.lose(ctx, ds)
+	}
+	if ds.token != 0 && ds.vol.Backend == "" {
+		if view, err := d.cfg.Map.View(ctx, vid); err == nil {
+			ds.vol = view.Volume
+			if err := d.findAttachment(ctx, ds); err != nil {
+				log.Warn(err)
+			}
+		}
+	}
+	d.tidySoon(ds)
+}
+
+// lose takes down what this node has of a volume it no longer owns. What
+// containers still hold stays, refused to everybody: this node must not format,
+// mount or detach it under them.
+func (d *Driver) lose(ctx context.Context, ds *dataset) {
+	log := d.log.WithField("volume", ds.vol.Name)
+	ds.lost = "this host no longer owns it, but has it still open; stop its containers"
+	if err := d.closeFilesystem(ctx, ds); err != nil {
+		log.Errorf("no longer the owner: %v", err)
+		return
+	}
+	if err := d.detach(ctx, ds); err != nil {
+		log.Errorf("no longer the owner: %v", err)
+		return
+	}
+	log.Warn("no longer the owner; unmounted and detached")
+	ds.lost = ""
+	d.disown(ds)
+}
+
+// tidy is one level-triggered look at one volume: it takes down what nothing
+// refers to. It runs after the linger, after a failure with back-off, and from
+// the periodic reconcile.
+func (d *Driver) tidy(ctx context.Context, vid string) {
+	ds, done := d.hold(vid)
+	defer done()
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	if ds.acquire(ctx) != nil {
+		return
+	}
+	defer ds.unlock()
+	if ds.idle() {
+		return
+	}
+	log := d.log.WithField("volume", ds.vol.Name)
+	if ds.lost != "" {
+		d.lose(ctx, ds)
+		if ds.lost != "" {
+			d.retry(ds)
+		}
+		return
+	}
+	if ds.refs.total() > 0 {
+		if busy, _ := d.inUse(ctx, ds); busy {
+			return
+		}
+		log.Info("no container seems to use it any more; trying to close it")
+	}
+	if !ds.verified {
+		if err := d.cfg.Map.Check(ctx, ds.id, ds.token); err != nil {
+			if errors.Is(err, ownership.ErrLost) {
+				d.lose(ctx, ds)
+			}
+			d.retry(ds)
+			return
+		}
+		ds.verified = true
+	}
+	if err := d.letGo(ctx, ds); err != nil {
+		log.Infof("not let go: %v", err)
+		d.retry(ds)
+	}
+}
+
+// retry schedules the next tidy, later each time.
+func (d *Driver) retry(ds *dataset) {
+	ds.attempts++
+	delay := time.Second << min(ds.attempts-1, 5)
+	d.schedule(ds, jitter(min(delay, d.cfg.Reconcile)))
+}
+
+// tidySoon schedules tidy for a volume nothing refers to: after the linger, or at
+// once if a node waits or the backend attaches cheaply.
+func (d *Driver) tidySoon(ds *dataset) {
+	if ds.idle() || ds.refs.total() > 0 {
+		return
+	}
+	delay := d.cfg.Linger
+	if backend, err := d.backend(ds.vol.Backend); err == nil && backend.Properties().CheapAttach {
+		delay = 0
+	}
+	if len(d.waitingFor(ds.id)) > 0 {
+		delay = 0
+	}
+	d.schedule(ds, delay)
+}
+
+// reconcile confirms what was restored as soon as etcd answers, then looks at
+// everything this node has, periodically.
+func (d *Driver) reconcile(ctx context.Context) {
+	for wait := 50 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
+		err := d.confirm(ctx)
+		if err == nil {
+			break
+		}
+		d.log.Debugf("reconcile: %v", err)
+		if !sleep(ctx, jitter(wait)) {
+			return
+		}
+	}
+	close(d.confirmed)
+	for round := 0; ; round++ {
+		if round%refreshRounds == 0 {
+			d.refresh(ctx)
+			d.purge(ctx)
+		}
+		if !sleep(ctx, jitter(d.cfg.Reconcile)) {
+			return
+		}
+		for _, ds := range d.local() {
+			d.recheck(ctx, ds.id)
+		}
+		for _, vid := range d.suspected() {
+			d.clear(ctx, vid)
+		}
+	}
+}
+
+// suspected returns the volumes whose claim had an unknown outcome. Those that
+// are old enough for the claim to have arrived or been lost are forgotten after
+// this look.
+func (d *Driver) suspected() []string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	vids := slices.Collect(maps.Keys(d.suspects))
+	maps.DeleteFunc(d.suspects, func(_ string, since time.Time) bool { return time.Since(since) > settle })
+	return vids
+}
+
+// clear gives back a volume that became this node's by a claim nobody waits for.
+func (d *Driver) clear(ctx context.Context, vid string) {
+	ds, done := d.hold(vid)
+	defer done()
+	if ds.acquire(ctx) != nil {
+		return
+	}
+	defer ds.unlock()
+	if ds.token == 0 && d.adopt(ctx, ds) {
+		d.tidySoon(ds)
+	}
+}
+
+// refreshRounds is every how many rounds a node reads the whole map: its cost
+// grows with the cluster, and it serves only what is not asked for otherwise.
+const refreshRounds = 10
+
+// recheck asks etcd whether a volume is still this node's, looks for references
+// whose Unmount was lost, and takes down what nothing refers to.
+func (d *Driver) recheck(ctx context.Context, vid string) {
+	ds, done := d.hold(vid)
+	if ds.acquire(ctx) == nil {
+		if ds.token != 0 && errors.Is(d.cfg.Map.Check(ctx, vid, ds.token), ownership.ErrLost) {
+			d.lose(ctx, ds)
+		}
+		ds.unlock()
+	}
+	done()
+	d.tidy(ctx, vid)
+}
+
+// sleep waits, and says whether ctx is still alive.
+func sleep(ctx context.Context, wait time.Duration) bool {
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-timer.C:
+		return true
+	}
+}
+
+// refresh reads every volume's definition, for the time when etcd is away.
+func (d *Driver) refresh(ctx context.Context) {
+	views, err := d.cfg.Map.List(ctx)
+	if err != nil {
+		d.log.Debugf("refresh: %v", err)
+		return
+	}
+	d.rememberAll(views)
+}
+
+// purge finishes removals: the storage behind a tombstone, then the tombstone.
+func (d *Driver) purge(ctx context.Context) {
+	tombstones, err := d.cfg.Map.Deleting(ctx)
+	if err != nil {
+		return
+	}
+	for _, vol := range tombstones {
+		if err := d.destroy(ctx, vol); err != nil {
+			d.log.WithField("volume", vol.Name).Debugf("remove its storage: %v", err)
+		}
+	}
+}
