@@ -50,6 +50,12 @@ var (
 	ErrNotBlank = errors.New("not blank")
 	// ErrUnsupported: the machine cannot do it, such as a missing mkfs.
 	ErrUnsupported = errors.New("not supported here")
+	// ErrInvalid: what the user asked for can never work, such as an unknown mount
+	// option. CheckFS, CheckOptions, CheckMkfs and MinSize tell without a device.
+	ErrInvalid = errors.New("invalid")
+	// ErrDamaged: the filesystem has errors that are not repaired without a person's
+	// decision. It is not mounted.
+	ErrDamaged = errors.New("damaged")
 )
 
 // DataDir is the sub-directory of each filesystem that containers get. A
@@ -63,7 +69,9 @@ type Mounter interface {
 	// Format makes a filesystem with the given UUID. The caller knows by record
 	// that the device was never formatted; Format only ever vetoes: it reads the
 	// first and the last MiB and returns ErrNotBlank unless they are zeros or an
-	// interrupted Format of the same UUID.
+	// interrupted Format of the same UUID, which it then repeats. A whole filesystem
+	// of that kind and UUID is left as it is, and nil is returned: an earlier Format
+	// ended and was not recorded.
 	Format(ctx context.Context, spec FormatSpec) error
 
 	// Mount checks that the device carries the filesystem UUID (ErrIdentity if
@@ -80,7 +88,9 @@ type Mounter interface {
 
 	// Unmount writes everything back and unmounts target, never lazily and never
 	// by force: ErrBusy if somebody in this mount namespace uses it. nil if nothing
-	// is mounted there. The bare directory is removed when it was the last mount.
+	// is mounted there. The bare directory is removed when it was the last mount. If
+	// writing back fails (the device is gone), it unmounts all the same and returns
+	// the error once: the next call returns nil.
 	Unmount(ctx context.Context, target string) error
 
 	// Close proves that nobody has the device open or mounted, in any mount

@@ -1,0 +1,4 @@
+package mount
+
+// WithFault returns a System whose steps fail as fault says.
+func WithFault(fault func(step string) error) *System { return &System{fault: fault} }

@@ -1,0 +1,147 @@
+package mount_test
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// need skips a test that lacks what it needs, and fails it where the environment
+// variable REQUIRE says that it must not be skipped.
+func need(t testing.TB, what string, ok bool, why string) {
+	t.Helper()
+	switch {
+	case ok:
+	case slices.Contains(strings.Split(os.Getenv("REQUIRE"), ","), what):
+		t.Fatalf("REQUIRE=%s: %s", what, why)
+	default:
+		t.Skip(why)
+	}
+}
+
+func needRoot(t testing.TB) {
+	t.Helper()
+	need(t, "root", os.Geteuid() == 0, "needs root")
+	_, err := os.Stat("/dev/loop-control")
+	need(t, "root", err == nil, "needs /dev/loop-control")
+}
+
+// newFile returns a sparse file.
+func newFile(t testing.TB, size int64) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "disk")
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := f.Truncate(size); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// newLoop returns a loop device on a new sparse file. It is gone when the test ends,
+// or the test fails.
+func newLoop(t testing.TB, size int64) (device, file string) {
+	t.Helper()
+	needRoot(t)
+	file = newFile(t, size)
+	device = attach(t, file)
+	t.Cleanup(func() { detach(t, device, file) })
+	return device, file
+}
+
+// attach is the bare system calls.
+func attach(t testing.TB, file string) (device string) {
+	t.Helper()
+	backing, err := os.OpenFile(file, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer backing.Close()
+	control, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer control.Close()
+	for range 50 { // others take free devices at the same time
+		n, _, errno := unix.Syscall(unix.SYS_IOCTL, control.Fd(), unix.LOOP_CTL_GET_FREE, 0)
+		if errno != 0 {
+			t.Fatalf("find a free loop device: %v", errno)
+		}
+		device = fmt.Sprintf("/dev/loop%d", n)
+		dev, err := os.OpenFile(device, os.O_RDWR, 0)
+		if err != nil {
+			time.Sleep(10 * time.Millisecond)
+			continue
+		}
+		config := unix.LoopConfig{Fd: uint32(backing.Fd())}
+		_, _, errno = unix.Syscall(unix.SYS_IOCTL, dev.Fd(), unix.LOOP_CONFIGURE, uintptr(unsafe.Pointer(&config)))
+		dev.Close()
+		if errno == 0 {
+			return device
+		}
+		if !errors.Is(errno, unix.EBUSY) {
+			t.Fatalf("configure %s: %v", device, errno)
+		}
+	}
+	t.Fatal("no free loop device")
+	return ""
+}
+
+// backing returns the file behind a loop device, "" if there is none.
+func backing(device string) string {
+	b, _ := os.ReadFile("/sys/block/" + filepath.Base(device) + "/loop/backing_file")
+	return strings.TrimSpace(string(b))
+}
+
+func detach(t testing.TB, device, file string) {
+	t.Helper()
+	if err := clearLoop(device); err != nil {
+		t.Errorf("detach %s: %v", device, err)
+	}
+	for range 100 {
+		if backing(device) != file {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Errorf("%s is still attached to %s: something leaked", device, file)
+}
+
+func clearLoop(device string) error {
+	dev, err := os.OpenFile(device, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer dev.Close()
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, dev.Fd(), unix.LOOP_CLR_FD, 0); errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+// grow makes a loop device larger.
+func grow(t testing.TB, device, file string, size int64) {
+	t.Helper()
+	if err := os.Truncate(file, size); err != nil {
+		t.Fatal(err)
+	}
+	dev, err := os.OpenFile(device, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.Close()
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, dev.Fd(), unix.LOOP_SET_CAPACITY, 0); errno != 0 {
+		t.Fatal(errno)
+	}
+}
