@@ -1,0 +1,115 @@
+package rig
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// etcdMembers is how many the rig's etcd cluster has.
+const etcdMembers = 3
+
+// Etcd starts an etcd cluster of three members on the rig's network and returns
+// its endpoints, for the hosts. This process reaches them through Dial.
+func (r *Rig) Etcd(ctx context.Context) (endpoints []string, err error) {
+	program := filepath.Join(r.Dir, "etcd")
+	if err := buildEtcd(ctx, program); err != nil {
+		return nil, err
+	}
+	r.etcd = make([]*process, etcdMembers)
+	errs := make([]error, etcdMembers)
+	var wg sync.WaitGroup
+	for i := range etcdMembers {
+		endpoints = append(endpoints, fmt.Sprintf("http://%s:2379", etcdAddr(i)))
+		wg.Go(func() {
+			addr := etcdAddr(i) + "/24"
+			if _, errs[i] = r.sw.exec(ctx, "ip", "addr", "add", addr, "dev", "br0"); errs[i] == nil {
+				errs[i] = r.StartEtcd(ctx, i)
+			}
+		})
+	}
+	wg.Wait()
+	return endpoints, errors.Join(errs...)
+}
+
+func etcdAddr(i int) string { return fmt.Sprintf(hostNet, etcdFirst+i) }
+
+// buildEtcd builds the etcd that this module's go.mod names. Go's cache makes the
+// second time quick.
+func buildEtcd(ctx context.Context, program string) error {
+	root, err := sourceRoot()
+	if err != nil {
+		return err
+	}
+	cmd := exec.CommandContext(ctx, "go", "build", "-o", program, "./e2e/etcd")
+	cmd.Dir = root
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	_, err = output(cmd, "build etcd")
+	return err
+}
+
+// StartEtcd starts member i (0 is the first) with the data it had, and waits
+// until it answers. Alone it does not before a second one is up.
+func (r *Rig) StartEtcd(ctx context.Context, i int) error {
+	var cluster []string
+	for m := range etcdMembers {
+		cluster = append(cluster, fmt.Sprintf("etcd%d=http://%s:2380", m+1, etcdAddr(m)))
+	}
+	name := fmt.Sprintf("etcd%d", i+1)
+	p, err := r.sw.start(ctx, name, nil, filepath.Join(r.Dir, "etcd"),
+		"-name", name, "-dir", filepath.Join(r.Dir, "switch", name), "-addr", etcdAddr(i), "-cluster", strings.Join(cluster, ","))
+	if err != nil {
+		return err
+	}
+	r.etcd[i] = p
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	for {
+		if err = r.etcdHealth(ctx, i); err == nil {
+			return nil
+		}
+		select {
+		case <-p.done:
+			return fmt.Errorf("start %s: it ended: %w\n%s", name, p.err, tail(p.log, 20))
+		case <-ctx.Done():
+			return fmt.Errorf("start %s: %w\n%s", name, err, tail(p.log, 20))
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+func (r *Rig) etcdHealth(ctx context.Context, i int) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	client := http.Client{Transport: &http.Transport{DialContext: r.Dial, DisableKeepAlives: true}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://%s:2379/health", etcdAddr(i)), nil)
+	if err != nil {
+		return err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("etcd answers %s", resp.Status)
+	}
+	return nil
+}
+
+// KillEtcd kills member i as a crash does.
+func (r *Rig) KillEtcd(ctx context.Context, i int) error { return r.etcd[i].stop(ctx, syscall.SIGKILL) }
+
+// PauseEtcd stops member i where it is; ResumeEtcd lets it go on.
+func (r *Rig) PauseEtcd(i int) error { return syscall.Kill(r.etcd[i].pid, syscall.SIGSTOP) }
+
+// ResumeEtcd lets a paused member go on.
+func (r *Rig) ResumeEtcd(i int) error { return syscall.Kill(r.etcd[i].pid, syscall.SIGCONT) }
