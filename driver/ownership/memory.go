@@ -54,6 +54,11 @@ func NewMemory() *Memory {
 	}
 }
 
+var _ Store = (*Memory)(nil)
+
+// Client makes a connection to it.
+func (m *Memory) Client() *Faults { return NewFaults(m) }
+
 // Compact forgets what was before revision.
 func (m *Memory) Compact(revision int64) {
 	m.mu.Lock()
@@ -220,7 +225,11 @@ func distinct(ops []Op, seen map[string]bool) error {
 	return nil
 }
 
-func (m *Memory) txn(t Txn) (TxnResult, error) {
+// Txn is Store's.
+func (m *Memory) Txn(ctx context.Context, t Txn) (TxnResult, error) {
+	if err := ctx.Err(); err != nil {
+		return TxnResult{}, err
+	}
 	for _, branch := range [][]Op{t.Then, t.Else} {
 		if len(branch) > 128 {
 			return TxnResult{}, errors.New("too many operations in txn request")
@@ -316,7 +325,11 @@ func (m *Memory) commit(revision int64) {
 	m.changed = make(chan struct{})
 }
 
-func (m *Memory) grant(ttl time.Duration) (int64, time.Duration) {
+// Grant is Store's.
+func (m *Memory) Grant(ctx context.Context, ttl time.Duration) (int64, time.Duration, error) {
+	if err := ctx.Err(); err != nil {
+		return 0, 0, err
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.lastLease++
@@ -332,10 +345,14 @@ func (m *Memory) grant(ttl time.Duration) (int64, time.Duration) {
 		}
 	})
 	m.leases[id] = l
-	return id, ttl
+	return id, ttl, nil
 }
 
-func (m *Memory) keepAlive(id int64) (time.Duration, error) {
+// KeepAliveOnce is Store's.
+func (m *Memory) KeepAliveOnce(ctx context.Context, id int64) (time.Duration, error) {
+	if err := ctx.Err(); err != nil {
+		return 0, err
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	l := m.leases[id]
@@ -347,7 +364,11 @@ func (m *Memory) keepAlive(id int64) (time.Duration, error) {
 	return l.ttl, nil
 }
 
-func (m *Memory) revoke(id int64) error {
+// Revoke is Store's.
+func (m *Memory) Revoke(ctx context.Context, id int64) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	l := m.leases[id]
@@ -392,208 +413,9 @@ func (m *Memory) next(key string, prefix bool, from int64) (events []Event, to i
 	return events, max(from, m.revision+1), m.changed, nil
 }
 
-// A Fault is what happens to one call of a MemoryClient.
-type Fault struct {
-	// Latency passes before the call is delivered.
-	Latency time.Duration
-	// Refused: the call is not delivered and fails at once.
-	Refused bool
-	// Hang: the call is not delivered and fails when its context ends.
-	Hang bool
-	// DropReply: the call is delivered, and fails as if it had not been.
-	DropReply bool
-	// Twice: the call is delivered two times; the caller sees the second answer.
-	Twice bool
-	// Late: the call fails at once and is delivered that much later.
-	Late time.Duration
-}
-
-// errInjected is what a call fails with that a Fault made fail.
-var errInjected = errors.New("fault injected")
-
-// A MemoryClient is one node's connection to a Memory.
-type MemoryClient struct {
-	m *Memory
-
-	mu     sync.Mutex
-	inject func(call string) Fault
-	cut    chan struct{} // closed to end the watches there are
-	closed bool
-}
-
-var _ Store = (*MemoryClient)(nil)
-
-// Client makes a connection.
-func (m *Memory) Client() *MemoryClient {
-	return &MemoryClient{m: m, cut: make(chan struct{})}
-}
-
-// Inject has f decide about the fault of each call from now on; nil is none.
-// The call is "read" (a transaction without writes), "txn", "grant",
-// "keepalive", "revoke" or "watch".
-func (c *MemoryClient) Inject(f func(call string) Fault) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.inject = f
-}
-
-// Partition cuts the connection off, or heals it: all calls hang, and the
-// watches there are end.
-func (c *MemoryClient) Partition(off bool) {
-	if !off {
-		c.Inject(nil)
-		return
-	}
-	c.Inject(func(string) Fault { return Fault{Hang: true} })
-	c.CutWatches()
-}
-
-// CutWatches ends the watches there are with an error.
-func (c *MemoryClient) CutWatches() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	close(c.cut)
-	c.cut = make(chan struct{})
-}
-
-// Close makes later calls fail.
-func (c *MemoryClient) Close() error {
-	c.CutWatches()
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.closed = true
-	return nil
-}
-
-func (c *MemoryClient) fault(call string) (Fault, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.closed {
-		return Fault{}, errors.New("connection is closed")
-	}
-	if c.inject == nil {
-		return Fault{}, nil
-	}
-	return c.inject(call), nil
-}
-
-// deliver runs f as the fault has it.
-func (c *MemoryClient) deliver(ctx context.Context, call string, f func() error) error {
-	fault, err := c.fault(call)
-	if err != nil {
-		return err
-	}
-	if err := ctx.Err(); err != nil {
-		return err
-	}
-	if fault.Latency > 0 {
-		t := time.NewTimer(fault.Latency)
-		defer t.Stop()
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-	switch {
-	case fault.Refused:
-		return errInjected
-	case fault.Hang:
-		<-ctx.Done()
-		return ctx.Err()
-	case fault.Late > 0:
-		time.AfterFunc(fault.Late, func() { _ = f() })
-		return errInjected
-	}
-	err = f()
-	if fault.Twice {
-		err = f()
-	}
-	if fault.DropReply {
-		return errInjected
-	}
-	return err
-}
-
-// Txn is Store's.
-func (c *MemoryClient) Txn(ctx context.Context, txn Txn) (TxnResult, error) {
-	call := "read"
-	if txn.writes() {
-		call = "txn"
-	}
-	var (
-		mu  sync.Mutex // a late delivery may still run when the caller has gone
-		res TxnResult
-	)
-	err := c.deliver(ctx, call, func() error {
-		r, err := c.m.txn(txn)
-		mu.Lock()
-		defer mu.Unlock()
-		res = r
-		return err
-	})
-	mu.Lock()
-	defer mu.Unlock()
-	if err != nil {
-		return TxnResult{}, err
-	}
-	return res, nil
-}
-
-// Grant is Store's.
-func (c *MemoryClient) Grant(ctx context.Context, ttl time.Duration) (int64, time.Duration, error) {
-	var (
-		mu      sync.Mutex
-		lease   int64
-		granted time.Duration
-	)
-	err := c.deliver(ctx, "grant", func() error {
-		id, d := c.m.grant(ttl)
-		mu.Lock()
-		defer mu.Unlock()
-		lease, granted = id, d
-		return nil
-	})
-	mu.Lock()
-	defer mu.Unlock()
-	if err != nil {
-		return 0, 0, err
-	}
-	return lease, granted, nil
-}
-
-// KeepAliveOnce is Store's.
-func (c *MemoryClient) KeepAliveOnce(ctx context.Context, lease int64) (time.Duration, error) {
-	var (
-		mu  sync.Mutex
-		ttl time.Duration
-	)
-	err := c.deliver(ctx, "keepalive", func() error {
-		d, err := c.m.keepAlive(lease)
-		mu.Lock()
-		defer mu.Unlock()
-		ttl = d
-		return err
-	})
-	mu.Lock()
-	defer mu.Unlock()
-	if err != nil {
-		return 0, err
-	}
-	return ttl, nil
-}
-
-// Revoke is Store's.
-func (c *MemoryClient) Revoke(ctx context.Context, lease int64) error {
-	return c.deliver(ctx, "revoke", func() error { return c.m.revoke(lease) })
-}
-
 // Watch is Store's.
-func (c *MemoryClient) Watch(ctx context.Context, key string, prefix bool, from int64) <-chan WatchResult {
+func (m *Memory) Watch(ctx context.Context, key string, prefix bool, from int64) <-chan WatchResult {
 	out := make(chan WatchResult)
-	c.mu.Lock()
-	cut := c.cut
-	c.mu.Unlock()
 	go func() {
 		defer close(out)
 		send := func(r WatchResult) bool {
@@ -604,12 +426,8 @@ func (c *MemoryClient) Watch(ctx context.Context, key string, prefix bool, from 
 				return false
 			}
 		}
-		if err := c.deliver(ctx, "watch", func() error { return nil }); err != nil {
-			send(WatchResult{Err: err})
-			return
-		}
 		for {
-			events, to, changed, err := c.m.next(key, prefix, from)
+			events, to, changed, err := m.next(key, prefix, from)
 			if err != nil {
 				send(WatchResult{Err: err})
 				return
@@ -620,9 +438,6 @@ func (c *MemoryClient) Watch(ctx context.Context, key string, prefix bool, from 
 			from = to
 			select {
 			case <-changed:
-			case <-cut:
-				send(WatchResult{Err: errInjected})
-				return
 			case <-ctx.Done():
 				return
 			}
@@ -630,3 +445,6 @@ func (c *MemoryClient) Watch(ctx context.Context, key string, prefix bool, from 
 	}()
 	return out
 }
+
+// Close does nothing: there is nothing to let go of.
+func (m *Memory) Close() error { return nil }
