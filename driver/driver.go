@@ -260,13 +260,26 @@ func (d *Driver) Remove(ctx context.Context, name string) error {
 	if err := validName(name); err != nil {
 		return err
 	}
-	view, err := d.cfg.Map.Lookup(ctx, name)
-	if errors.Is(err, ownership.ErrNotFound) {
-		d.forget(name)
-		return d.removeForgotten(ctx, name)
+	for try := 1; ; try++ {
+		err := d.removeOnce(ctx, name)
+		switch {
+		case errors.Is(err, ownership.ErrNotFound):
+			d.forget(name)
+			return d.removeForgotten(ctx, name)
+		case errors.Is(err, ownership.ErrConflict) && try < 3:
+			continue // its record changed meanwhile: look again
+		case errors.Is(err, ownership.ErrUnavailable):
+			return fmt.Errorf("%w; the volume was not removed", err)
+		default:
+			return err
+		}
 	}
+}
+
+func (d *Driver) removeOnce(ctx context.Context, name string) error {
+	view, err := d.cfg.Map.Lookup(ctx, name)
 	if err != nil {
-		return fmt.Errorf("%w; the volume was not removed", d.explain(name, err))
+		return d.explain(name, err)
 	}
 	ds, done := d.hold(view.Volume.ID)
 	defer done()

@@ -921,3 +921,38 @@ func TestLateClaimIsGivenBack(t *testing.T) {
 		b.mount("db", "id2")
 	})
 }
+
+// An attachment that neither a record nor the cluster knows of is dropped at start,
+// unless somebody has it open.
+func TestOrphanedAttachment(t *testing.T) {
+	inCluster(t, oneNode, nil, func(t *testing.T, c *cluster) {
+		a := c.nodes["a"]
+		a.create("db", nil)
+		ref := strings.TrimPrefix(c.device("db"), backendtest.DevicePrefix)
+		_, err := c.storage.Node(a.id.ID).Attach(t.Context(),
+			backends.AttachRequest{Ref: ref, Volume: a.status("db")["id"].(string), Token: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		release := a.kernel.Hold(c.device("db"))
+		a.restart()
+		c.settle(time.Second)
+		if got := c.storage.Attached(a.status("db")["id"].(string)); len(got) != 1 {
+			t.Errorf("attachments %v, want the one that is open kept", got)
+		}
+		release()
+		a.restart()
+		c.settle(time.Second)
+		c.wantNothing()
+	})
+}
+
+// What the journal holds may come from another version, or be damaged.
+func FuzzRecord(f *testing.F) {
+	f.Add([]byte(`{"version":1,"id":"00000000-0000-4000-8000-000000000001","name":"db","token":7,"refs":{"a":{"count":1,"epoch":1}}}`))
+	f.Add([]byte(`{"version":2}`))
+	f.Add([]byte(`null`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		driver.DecodeRecord(t, data)
+	})
+}
