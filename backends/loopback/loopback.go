@@ -428,17 +428,19 @@ func (l *Loopback) Delete(ctx context.Context, ref string) error {
 		if err == nil {
 			break
 		}
-		if errors.Is(err, errRaced) && pause.elapsed() < settle {
-			if err := pause.wait(ctx); err != nil {
-				return fmt.Errorf("delete volume %s: %w", vol.Name, err)
-			}
-			continue
-		}
 		if errors.Is(err, errRaced) {
 			if !sameFile(f, v.data()) {
 				return fmt.Errorf("delete volume %s: %w", v.id, backends.ErrNotFound)
 			}
 			err = l.attached(v, f)
+			// A lock without a device may be that of a call about to end.
+			_, here := errors.AsType[*attachedHere](err)
+			if errors.Is(err, backends.ErrInUse) && !here && pause.elapsed() < settle {
+				if err := pause.wait(ctx); err != nil {
+					return fmt.Errorf("delete volume %s: %w", vol.Name, err)
+				}
+				continue
+			}
 		}
 		return fmt.Errorf("delete volume %s: %w", vol.Name, err)
 	}
