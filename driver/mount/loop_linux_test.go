@@ -49,17 +49,6 @@ func newFile(t testing.TB, size int64) string {
 	return path
 }
 
-// newLoop returns a loop device on a new sparse file. It is gone when the test ends,
-// or the test fails.
-func newLoop(t testing.TB, size int64) (device, file string) {
-	t.Helper()
-	needRoot(t)
-	file = newFile(t, size)
-	device = attach(t, file)
-	t.Cleanup(func() { detach(t, device, file) })
-	return device, file
-}
-
 // attach is the bare system calls.
 func attach(t testing.TB, file string) (device string) {
 	t.Helper()

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strconv"
 	"strings"
 	"unicode/utf8"
 )
@@ -337,8 +336,11 @@ func MinSize(fs string) int64 {
 
 func checkSize(fs string, size int64) error {
 	if least := MinSize(fs); size < least {
-		return fmt.Errorf("%w size: %s needs at least %s MiB, the device has %s",
-			ErrInvalid, fs, strconv.FormatInt(least/mib, 10), strconv.FormatFloat(float64(size)/mib, 'g', 4, 64)+" MiB")
+		have := fmt.Sprintf("%d bytes", size)
+		if size%mib == 0 {
+			have = fmt.Sprintf("%d MiB", size/mib)
+		}
+		return fmt.Errorf("%w size: %s needs at least %d MiB, the device has %s", ErrInvalid, fs, least/mib, have)
 	}
 	return nil
 }
