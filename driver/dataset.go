@@ -37,6 +37,9 @@ type dataset struct {
 	refs refs
 	// closed says that att's device was proven closed and not mounted since.
 	closed bool
+	// detaching says that a detach of att was begun and its outcome is unknown: it
+	// may still happen, so att must not be used before that is settled.
+	detaching bool
 	// attempts counts the failed tries to let go, for the back-off.
 	attempts int
 
@@ -118,7 +121,7 @@ func (ds *dataset) idle() bool {
 func (ds *dataset) record(boot string) record {
 	return record{
 		ID: ds.id, Name: ds.vol.Name, Boot: boot, Token: ds.token,
-		Attachment: ds.att, Refs: maps.Clone(ds.refs),
+		Attachment: ds.att, Detaching: ds.detaching, Refs: maps.Clone(ds.refs),
 	}
 }
 

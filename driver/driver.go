@@ -93,13 +93,14 @@ type Driver struct {
 	work      sync.WaitGroup
 
 	// mu guards the maps and is never held across I/O.
-	mu       sync.Mutex
-	datasets map[string]*dataset // by id: what is here, and what is being worked on
-	known    map[string]ownership.Volume
-	dirty    bool // known is newer than the journal's copy
-	waiting  map[string][]ownership.Request
-	suspects map[string]time.Time // volumes whose claim had an unknown outcome
-	silent   time.Time            // when etcd last failed to answer a Get
+	mu        sync.Mutex
+	datasets  map[string]*dataset // by id: what is here, and what is being worked on
+	known     map[string]ownership.Volume
+	dirty     bool // known is newer than the journal's copy
+	waiting   map[string][]ownership.Request
+	suspects  map[string]time.Time // volumes whose claim had an unknown outcome
+	unlearned map[string]bool      // volumes whose containers are not known yet
+	silent    time.Time            // when etcd last failed to answer a Get
 }
 
 // New makes a Driver and takes up what an earlier process left on this host. It
@@ -122,7 +123,7 @@ func New(cfg Config) (*Driver, error) {
 		cfg: cfg, log: cfg.Log, journal: j,
 		confirmed: make(chan struct{}), ctx: ctx, stop: stop,
 		datasets: map[string]*dataset{}, known: map[string]ownership.Volume{},
-		waiting: map[string][]ownership.Request{}, suspects: map[string]time.Time{},
+		waiting: map[string][]ownership.Request{}, suspects: map[string]time.Time{}, unlearned: map[string]bool{},
 	}
 	d.epoch.Store(epoch)
 	d.restore(ctx)
@@ -136,16 +137,25 @@ func (d *Driver) Run(ctx context.Context) error {
 	d.background(d.serve)
 	d.background(d.reconcile)
 	d.background(d.keepKnown)
+	if d.cfg.Docker != nil {
+		d.background(d.learn)
+	}
 	<-ctx.Done()
+	d.mu.Lock()
 	d.stop()
+	d.mu.Unlock()
 	d.work.Wait()
 	d.saveKnown()
 	return context.Cause(ctx)
 }
 
-// background runs f until the driver stops.
+// background runs f, unless the driver has stopped; its context ends with it.
 func (d *Driver) background(f func(context.Context)) {
-	d.work.Go(func() { f(d.ctx) })
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.ctx.Err() == nil {
+		d.work.Go(func() { f(d.ctx) })
+	}
 }
 
 // Activated notes that Docker has started anew: references from before may be
@@ -166,25 +176,31 @@ func (d *Driver) Create(ctx context.Context, name string, options map[string]str
 	if err != nil {
 		return err
 	}
-	stored, created, err := d.cfg.Map.Create(ctx, vol)
-	if err != nil {
-		return d.explain(name, err)
-	}
-	if !created {
-		if err := d.sameOptions(stored, vol, options); err != nil {
-			return err
+	for try := 1; ; try++ {
+		stored, created, err := d.cfg.Map.Create(ctx, vol)
+		if err != nil {
+			return d.explain(name, err)
 		}
-	}
-	if stored.Phase == ownership.PhaseCreating {
-		if stored, err = d.finishCreate(ctx, stored); err != nil {
-			if created {
-				err = d.undoCreate(ctx, stored, err)
+		if !created {
+			if err := d.sameOptions(stored, vol, options); err != nil {
+				return err
 			}
+		}
+		if stored.Phase == ownership.PhaseCreating {
+			stored, err = d.finishCreate(ctx, stored)
+		}
+		switch {
+		case err == nil:
+			d.remember(stored)
+			return nil
+		case created:
+			return d.undoCreate(ctx, stored, err)
+		case errors.Is(err, ownership.ErrNotFound) && try < 3:
+			// The node that recorded it could not make its storage, and undid that.
+		default:
 			return err
 		}
 	}
-	d.remember(stored)
-	return nil
 }
 
 // finishCreate makes the storage of a volume that is recorded, by whichever node
@@ -396,7 +412,7 @@ func (d *Driver) mountVolume(ctx context.Context, vol ownership.Volume, id strin
 	if err := d.mount(ctx, ds, id); err != nil {
 		return err
 	}
-	d.learnContainers(ds)
+	d.learnSoon(ds)
 	return nil
 }
 
@@ -571,27 +587,35 @@ func (d *Driver) schedule(ds *dataset, delay time.Duration) {
 	if ds.timer != nil {
 		ds.timer.Stop()
 	}
-	if d.ctx.Err() != nil {
-		return
-	}
 	ds.timer = time.AfterFunc(delay, func() {
-		if d.ctx.Err() == nil {
-			d.background(func(ctx context.Context) { d.tidy(ctx, ds.id) })
-		}
+		d.background(func(ctx context.Context) { d.tidy(ctx, ds.id) })
 	})
 }
 
-// learnContainers asks Docker, in a while, which containers use a volume: for the
-// people who read `docker volume inspect` and the errors of other hosts.
-func (d *Driver) learnContainers(ds *dataset) {
-	if d.cfg.Docker == nil {
-		return
-	}
-	d.background(func(ctx context.Context) {
-		if sleep(ctx, jitter(2*time.Second)) {
-			d.askDocker(ctx, ds)
+// learnSoon has Docker asked, in a while, which containers use a volume.
+func (d *Driver) learnSoon(ds *dataset) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.unlearned[ds.id] = true
+}
+
+// learn asks Docker which containers use the volumes that were mounted of late:
+// for the people who read `docker volume inspect` and the errors of other hosts.
+func (d *Driver) learn(ctx context.Context) {
+	for sleep(ctx, jitter(2*time.Second)) {
+		d.mu.Lock()
+		vids := d.unlearned
+		d.unlearned = map[string]bool{}
+		d.mu.Unlock()
+		for vid := range vids {
+			ds, done := d.hold(vid)
+			_, known := d.askDocker(ctx, ds)
+			done()
+			if !known {
+				break // Docker does not answer; the next Mount reminds us
+			}
 		}
-	})
+	}
 }
 
 func (d *Driver) setWaiting(requests []ownership.Request) {

@@ -947,6 +947,45 @@ func TestOrphanedAttachment(t *testing.T) {
 	})
 }
 
+// A detach that was begun may still happen: it is finished before the attachment
+// is used again, also by the next process.
+func TestBegunDetachIsFinishedBeforeAttaching(t *testing.T) {
+	for _, restart := range []bool{false, true} {
+		t.Run(fmt.Sprintf("restart=%v", restart), func(t *testing.T) {
+			inCluster(t, oneNode, nil, func(t *testing.T, c *cluster) {
+				a := c.nodes["a"]
+				a.create("db", nil)
+				a.mount("db", "id1")
+				var detached, attached atomic.Int64
+				c.storage.SetFault(func(_ context.Context, call backendtest.Call) error {
+					return when(call.Method == "Detach" && !call.Done, errors.New("no answer"))
+				})
+				a.unmount("db", "id1")
+				c.settle(0)
+				if restart {
+					a.kill()
+				}
+				c.storage.SetFault(func(_ context.Context, call backendtest.Call) error {
+					if call.Done && call.Method == "Detach" {
+						detached.Add(1)
+					}
+					if call.Done && call.Method == "Attach" {
+						attached.Add(1)
+					}
+					return nil
+				})
+				if restart {
+					a.start()
+				}
+				a.mount("db", "id2")
+				if detached.Load() != 1 || attached.Load() != 1 {
+					t.Errorf("%d detaches and %d attaches, want one of each", detached.Load(), attached.Load())
+				}
+			})
+		})
+	}
+}
+
 // What the journal holds may come from another version, or be damaged.
 func FuzzRecord(f *testing.F) {
 	f.Add([]byte(`{"version":1,"id":"00000000-0000-4000-8000-000000000001","name":"db","token":7,"refs":{"a":{"count":1,"epoch":1}}}`))

@@ -52,6 +52,11 @@ func (d *Driver) mount(ctx context.Context, ds *dataset, id string) (err error) 
 		return err
 	}
 	if !up {
+		if ds.detaching {
+			if err := d.detach(ctx, ds); err != nil {
+				return err
+			}
+		}
 		if err := d.own(ctx, ds, &undo); err != nil {
 			return err
 		}
@@ -292,15 +297,14 @@ func (d *Driver) detach(ctx context.Context, ds *dataset) error {
 			return fmt.Errorf("close volume %s: %w", ds.vol.Name, err)
 		}
 	}
-	intent := ds.record(d.cfg.Node.Boot)
-	intent.Detaching = true
-	if err := d.journal.save(intent); err != nil {
+	ds.detaching = true
+	if err := d.journal.save(ds.record(d.cfg.Node.Boot)); err != nil {
 		return err
 	}
 	if err := backend.Detach(ctx, *ds.att); err != nil && !errors.Is(err, backends.ErrNotFound) {
 		return fmt.Errorf("detach volume %s: %w", ds.vol.Name, err)
 	}
-	ds.att, ds.closed = nil, false
+	ds.att, ds.closed, ds.detaching = nil, false, false
 	ds.publish()
 	return nil
 }

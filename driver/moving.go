@@ -281,10 +281,11 @@ func (d *Driver) inUse(ctx context.Context, ds *dataset) (busy bool, containers 
 // askDocker returns the names of the containers that use a volume; known is false
 // if Docker could not be asked.
 func (d *Driver) askDocker(ctx context.Context, ds *dataset) (names []string, known bool) {
-	if d.cfg.Docker == nil {
+	name := ds.snapshot.Load().vol.Name
+	if d.cfg.Docker == nil || name == "" {
 		return nil, false
 	}
-	containers, err := d.cfg.Docker.Using(ctx, ds.vol.Name)
+	containers, err := d.cfg.Docker.Using(ctx, name)
 	if err != nil {
 		return nil, false
 	}

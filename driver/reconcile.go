@@ -51,6 +51,7 @@ func (d *Driver) restoreRecord(ctx context.Context, ds *dataset, r record) {
 	if err := d.findAttachment(ctx, ds); err != nil {
 		d.log.WithField("volume", r.Name).Warn(err)
 	}
+	ds.detaching = r.Detaching && r.Boot == d.cfg.Node.Boot && ds.att != nil
 }
 
 // findAttachment asks the backend and the mount table what there is of a volume
