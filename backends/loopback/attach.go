@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -77,7 +78,8 @@ func (l *Loopback) attachment(d device) backends.Attachment {
 }
 
 // devices asks the kernel which loop devices have the volume, or any volume if
-// id is empty, whoever attached it. Devices of others are not touched.
+// id is empty, whoever attached it. Devices whose file has another name are not
+// touched.
 func devices(id string) ([]device, error) {
 	entries, err := os.ReadDir("/sys/block")
 	if err != nil {
@@ -90,60 +92,50 @@ func devices(id string) ([]device, error) {
 		if !isLoop || err != nil {
 			continue
 		}
-		d, ok, err := probe(number, id)
+		path, err := backing(number)
 		if err != nil {
 			return nil, unavailable(fmt.Errorf("find loop devices: %w", err))
 		}
-		if ok {
+		if !uuids.MatchString(path) || !strings.Contains(path, id) {
+			continue
+		}
+		d, ok, err := probe(number, path)
+		if err != nil {
+			return nil, unavailable(fmt.Errorf("find loop devices: %w", err))
+		}
+		if ok && (id == "" || d.tag.volume == id) {
 			found = append(found, d)
 		}
 	}
 	return found, nil
 }
 
-// probe asks the kernel about one loop device.
-func probe(number int, id string) (d device, ok bool, err error) {
-	identity, volume, bound, err := backing(number)
-	if err != nil || !bound || volume == "" || (id != "" && volume != id) {
-		return device{}, false, err
+var uuids = regexp.MustCompile(`[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}`)
+
+// backing returns the path of a loop device's file as the kernel sees it, which
+// follows renames; empty if the device has none.
+func backing(number int) (path string, err error) {
+	text, err := os.ReadFile(fmt.Sprintf("/sys/block/loop%d/loop/backing_file", number))
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+		return "", nil
 	}
+	return strings.TrimSuffix(string(text), "\n"), err
+}
+
+// probe asks the kernel about one loop device; ok says that it has a volume. path
+// is its file's.
+func probe(number int, path string) (d device, ok bool, err error) {
 	f, err := openLoop(number, os.O_RDONLY)
 	if err != nil {
 		return device{}, false, err
 	}
 	defer f.Close() //nolint:errcheck // nothing was written
-	d = device{number: number, path: f.Name(), identity: identity}
+	d = device{number: number, path: f.Name(), identity: uuids.FindString(filepath.Base(path))}
 	d.tag, d.info, err = status(f)
 	if errors.Is(err, unix.ENXIO) {
 		return device{}, false, nil // detached since
 	}
-	if err != nil {
-		return device{}, false, err
-	}
-	return d, d.tag.volume == volume, nil
-}
-
-// backing says which volume's file a loop device has, by the path the kernel
-// reports. Where the file is reachable by another path, or has none any more,
-// its last two parts are the same.
-func backing(number int) (identity, volume string, bound bool, err error) {
-	text, err := os.ReadFile(fmt.Sprintf("/sys/block/loop%d/loop/backing_file", number))
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
-		return "", "", false, nil
-	}
-	if err != nil {
-		return "", "", false, err
-	}
-	path := strings.TrimSuffix(strings.TrimSuffix(string(text), "\n"), " (deleted)")
-	if path == "" {
-		return "", "", false, nil
-	}
-	identity = strings.TrimSuffix(filepath.Base(path), ".img")
-	volume = strings.TrimPrefix(filepath.Base(filepath.Dir(path)), oldPrefix)
-	if !isUUID(identity) || !isUUID(volume) {
-		return "", "", true, nil
-	}
-	return identity, volume, true, nil
+	return d, d.tag != tag{}, err
 }
 
 // status returns a loop device's tag, which is zero if it is not ours. ENXIO: it
@@ -394,11 +386,11 @@ func (l *Loopback) claim(control *os.File) (int, error) {
 		if err := unix.IoctlSetInt(int(control.Fd()), unix.LOOP_CTL_ADD, number); err != nil && !errors.Is(err, unix.EEXIST) {
 			return 0, os.NewSyscallError("LOOP_CTL_ADD", err)
 		}
-		_, _, bound, err := backing(number)
+		path, err := backing(number)
 		if err != nil {
 			return 0, err
 		}
-		if !bound {
+		if path == "" {
 			l.claimed[number] = true
 			return number, nil
 		}
@@ -453,8 +445,9 @@ func (l *Loopback) detach(ctx context.Context, att backends.Attachment) error {
 func locate(want tag, hint string) (device, bool, error) {
 	if text, ok := strings.CutPrefix(hint, "/dev/loop"); ok {
 		if number, err := strconv.Atoi(text); err == nil {
-			d, ok, err := probe(number, want.volume)
-			if err == nil && ok && d.tag == want {
+			path, errPath := backing(number)
+			d, ok, err := probe(number, path)
+			if errPath == nil && err == nil && ok && d.tag == want {
 				return d, true, nil
 			}
 		}
@@ -530,9 +523,13 @@ func release(dev *os.File, t tag) error {
 // above what the kernel takes.
 func (l *Loopback) gone(ctx context.Context, d device, v volume, file *os.File) error {
 	for pause := newBackoff(); ; {
-		now, ok, err := probe(d.number, v.id)
-		if err == nil && (!ok || now.tag != d.tag) {
+		path, err := backing(d.number)
+		if err == nil && path == "" {
 			break
+		}
+		now, ok, err := probe(d.number, path)
+		if err == nil && (!ok || now.tag != d.tag) {
+			break // the next volume has the device already
 		}
 		if pause.elapsed() > 5*time.Second {
 			return fmt.Errorf("the kernel does not let go of %s: %w", d.path, errors.Join(backends.ErrInUse, err))
@@ -576,6 +573,9 @@ func (l *Loopback) Attachments(ctx context.Context) ([]backends.Attachment, erro
 	}
 	var atts []backends.Attachment
 	for _, d := range found {
+		if d.identity == "" {
+			d.identity = identity // somebody has renamed the file
+		}
 		if d.tag.node == nodeHash(l.cfg.Node) && (identity == "" || d.identity == identity) {
 			atts = append(atts, l.attachment(d))
 		}

@@ -3,7 +3,6 @@ package loopback_test
 import (
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"sync"
 	"testing"
@@ -17,9 +16,7 @@ import (
 
 // BenchmarkLoopback reports p50 and p99 of each call, for 1 and 16 callers.
 func BenchmarkLoopback(b *testing.B) {
-	if os.Getuid() != 0 {
-		b.Skip("needs root")
-	}
+	needRoot(b)
 	for _, callers := range []int{1, 16} {
 		b.Run(fmt.Sprintf("callers=%d", callers), func(b *testing.B) {
 			l := loopback.New(loopback.Config{Dir: b.TempDir(), Node: b.Name()})
