@@ -1,0 +1,94 @@
+package main
+
+import (
+	"context"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/driver"
+	"github.com/flocker-plugin/flocker/driver/mount"
+	"github.com/flocker-plugin/flocker/driver/ownership"
+)
+
+// start makes the driver, gives it to the server, and runs it until ctx is done.
+func start(ctx context.Context, s settings, srv *server, log *logrus.Entry) {
+	node, err := persist(ctx, log, "node identity", func() (ownership.Node, error) {
+		return driver.LoadNode(s.StateDir, s.Hostname)
+	})
+	if err != nil {
+		return
+	}
+	endpoints := s.EtcdEndpoints
+	if len(endpoints) == 0 {
+		var stop func()
+		endpoint, failed := persist(ctx, log, "etcd", func() (at string, err error) {
+			at, stop, err = startEtcd(ctx, etcdConfig{Dir: s.EtcdDir, Listen: s.EtcdListen, Log: log})
+			return at, err
+		})
+		if failed != nil {
+			return
+		}
+		defer stop()
+		endpoints = []string{endpoint}
+	}
+	store, err := persist(ctx, log, "etcd client", func() (*ownership.Etcd, error) {
+		return ownership.NewEtcd(ownership.EtcdConfig{
+			Endpoints: endpoints, CAFile: s.EtcdCACert, CertFile: s.EtcdCert, KeyFile: s.EtcdKey,
+			User: s.EtcdUser, PasswordFile: s.EtcdPasswordFile,
+		})
+	})
+	if err != nil {
+		return
+	}
+	defer func() { _ = store.Close() }()
+	owners := ownership.New(store, node, ownership.Config{Prefix: s.EtcdPrefix, TTL: s.NodeTTL, Renew: s.NodeRenew, Log: log})
+	storage := map[string]backends.Backend{}
+	for name, open := range registry {
+		storage[name] = open(s, node)
+	}
+	d, err := persist(ctx, log, "driver", func() (*driver.Driver, error) { //nolint:contextcheck // the driver's work ends with Run
+		return driver.New(driver.Config{
+			Node: node, Map: owners, Backends: storage, Backend: s.Backend,
+			Mounter: &mount.System{}, Docker: driver.NewEngine(s.DockerSocket), Log: log,
+			StateDir: s.StateDir, MountRoot: s.MountRoot,
+			DefaultSize: s.DefaultSize, DefaultFS: s.DefaultFS,
+			Linger: s.Linger, BusyWait: s.BusyWait, Reconcile: s.Reconcile,
+		})
+	})
+	if err != nil {
+		return
+	}
+	srv.use(d)
+	var work sync.WaitGroup
+	defer work.Wait()
+	log.WithFields(logrus.Fields{"node": node.ID, "etcd": strings.Join(endpoints, ",")}).Info("ready")
+	for name, loop := range map[string]func(context.Context) error{"ownership": owners.Run, "driver": d.Run} {
+		work.Go(func() {
+			if err := loop(ctx); ctx.Err() == nil {
+				log.WithFields(logrus.Fields{"part": name, "err": err}).Error("stopped by itself")
+			}
+		})
+	}
+}
+
+// persist tries until it works or ctx is done. It waits longer from try to try,
+// up to some seconds.
+func persist[T any](ctx context.Context, log *logrus.Entry, what string, try func() (T, error)) (T, error) {
+	for wait := 100 * time.Millisecond; ; wait = min(2*wait, 10*time.Second) {
+		got, err := try()
+		if err == nil || ctx.Err() != nil {
+			return got, err
+		}
+		log.WithFields(logrus.Fields{"part": what, "err": err}).Error("does not start; trying again")
+		select {
+		case <-time.After(wait/2 + rand.N(wait)):
+		case <-ctx.Done():
+			return got, context.Cause(ctx)
+		}
+	}
+}
