@@ -110,7 +110,7 @@ func testHosts(t *testing.T, r *rig.Rig, engine rig.Engine) {
 	step("dockerd killed and started")
 
 	ping := func(from, to *rig.Host) error {
-		_, err := from.Exec(ctx, "busybox", "ping", "-c", "1", "-w", "1", to.Addr)
+		_, err := from.Exec(ctx, "busybox", "ping", "-c", "1", "-W", "1", to.Addr)
 		return err
 	}
 	second, third := r.Hosts[1], r.Hosts[2]

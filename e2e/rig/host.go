@@ -213,31 +213,14 @@ func (h *Host) StopDockerd(ctx context.Context) error { return h.dockerd.stop(ct
 // Kill switches the host off as a power cut does: nothing of it runs any more,
 // nothing is mounted, its loop devices are gone. Boot switches it on again.
 func (h *Host) Kill(ctx context.Context) error {
-	mounted := h.loopsMounted()
 	if err := h.m.off(ctx); err != nil {
 		return err
 	}
-	return detach(ctx, func(l loop) bool { return mounted[l.device] })
-}
-
-// loopsMounted returns the loop devices that some process of the host has
-// mounted.
-func (h *Host) loopsMounted() map[string]bool {
-	devices := make(map[string]bool)
-	for _, pid := range h.m.pids() {
-		data, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", pid))
-		if err != nil {
-			continue // it has just ended
-		}
-		for line := range strings.Lines(string(data)) {
-			if _, after, ok := strings.Cut(line, " - "); ok {
-				if f := strings.Fields(after); len(f) > 1 && strings.HasPrefix(f[1], "/dev/loop") {
-					devices[f[1]] = true
-				}
-			}
-		}
+	mine, err := loopNames(h.Dir)
+	if err != nil {
+		return err
 	}
-	return devices
+	return detach(ctx, mine.of)
 }
 
 // Pause stops every process of the host, containers included, where they are.
@@ -305,8 +288,8 @@ func (h *Host) Exec(ctx context.Context, args ...string) (string, error) {
 
 // cacheBin is where `make engine` puts what it builds.
 func cacheBin() string {
-	if dir := os.Getenv("FLOCKER_CACHE"); dir != "" {
-		return filepath.Join(dir, "bin")
+	if dir := os.Getenv("RIG_BIN"); dir != "" {
+		return dir
 	}
 	dir, err := os.UserCacheDir()
 	if err != nil {

@@ -2,47 +2,71 @@ package rig
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // loop is an attached loop device.
 type loop struct {
 	device string
+	name   string // lo_file_name: what its maker noted down
 	file   fileID
 }
 
 // fileID is a file whatever it is called.
-type fileID struct{ device, inode string }
+type fileID struct{ device, inode uint64 }
 
-func loops(ctx context.Context) ([]loop, error) {
-	out, err := output(exec.CommandContext(ctx, "losetup", "--list", "--noheadings", "--raw", "--output", "NAME,BACK-MAJ:MIN,BACK-INO"), "losetup")
+// loops returns the attached loop devices of the machine, which are one set for
+// all namespaces.
+func loops() ([]loop, error) {
+	attached, err := filepath.Glob("/sys/block/loop*/loop")
 	if err != nil {
 		return nil, err
 	}
 	var all []loop
-	for line := range strings.Lines(out) {
-		if f := strings.Fields(line); len(f) == 3 {
-			all = append(all, loop{f[0], fileID{f[1], f[2]}})
+	for _, path := range attached {
+		l := loop{device: "/dev/" + filepath.Base(filepath.Dir(path))}
+		f, err := os.Open(l.device)
+		if err != nil {
+			return nil, err
 		}
+		info, err := unix.IoctlLoopGetStatus64(int(f.Fd()))
+		_ = f.Close()
+		if errors.Is(err, unix.ENXIO) {
+			continue // detached since
+		}
+		if err != nil {
+			return nil, fmt.Errorf("ask %s: %w", l.device, err)
+		}
+		l.name, l.file = unix.ByteSliceToString(info.File_name[:]), fileID{info.Device, info.Inode}
+		all = append(all, l)
 	}
 	return all, nil
 }
 
-// detachLoops detaches the loop devices whose files are below dir.
+// detachLoops detaches the loop devices of the hosts below dir: those they have
+// attached themselves, and those whose files are there.
 func detachLoops(ctx context.Context, dir string) error {
-	attached, err := loops(ctx)
+	attached, err := loops()
 	if err != nil || len(attached) == 0 {
 		return err
 	}
-	ours := make(map[fileID]bool)
+	prefixes, err := loopNames(filepath.Join(dir, "*"))
+	if err != nil {
+		return err
+	}
+	files := make(map[fileID]bool)
 	for _, pattern := range []string{"shared", "*/lib/flocker"} {
 		roots, _ := filepath.Glob(filepath.Join(dir, pattern))
 		for _, root := range roots {
@@ -55,8 +79,7 @@ func detachLoops(ctx context.Context, dir string) error {
 					return err
 				}
 				if st, ok := info.Sys().(*syscall.Stat_t); ok {
-					major, minor := st.Dev>>8&0xfff, st.Dev&0xff|st.Dev>>12&0xfff00
-					ours[fileID{fmt.Sprintf("%d:%d", major, minor), fmt.Sprint(st.Ino)}] = true
+					files[fileID{st.Dev, st.Ino}] = true
 				}
 				return nil
 			})
@@ -65,14 +88,43 @@ func detachLoops(ctx context.Context, dir string) error {
 			}
 		}
 	}
-	return detach(ctx, func(l loop) bool { return ours[l.file] })
+	return detach(ctx, func(l loop) bool { return files[l.file] || prefixes.of(l) })
+}
+
+// names are what the loop devices' names of some hosts begin with.
+type names []string
+
+func (n names) of(l loop) bool {
+	return slices.ContainsFunc(n, func(prefix string) bool { return strings.HasPrefix(l.name, prefix) })
+}
+
+// loopNames says how the loop devices are named that the hosts in the directories
+// dirs, a pattern, have attached: the backend notes down a hash of the node.
+func loopNames(dirs string) (names, error) {
+	files, _ := filepath.Glob(filepath.Join(dirs, "lib", "flocker", "node.json"))
+	var all names
+	for _, file := range files {
+		data, err := os.ReadFile(file)
+		if err != nil {
+			return nil, err
+		}
+		var node struct {
+			ID string `json:"id"`
+		}
+		if json.Unmarshal(data, &node) != nil || node.ID == "" {
+			continue // a test has damaged it
+		}
+		hash := sha256.Sum256([]byte(node.ID))
+		all = append(all, fmt.Sprintf("fl/%x/", hash[:6]))
+	}
+	return all, nil
 }
 
 // detach detaches the loop devices chosen and waits until they are free: the
 // kernel does it only when the last namespace that has one mounted is gone.
 func detach(ctx context.Context, chosen func(loop) bool) error {
 	for {
-		attached, err := loops(ctx)
+		attached, err := loops()
 		if err != nil {
 			return err
 		}
@@ -80,7 +132,7 @@ func detach(ctx context.Context, chosen func(loop) bool) error {
 		for _, l := range attached {
 			if chosen(l) {
 				left = append(left, l.device)
-				_ = exec.CommandContext(ctx, "losetup", "--detach", l.device).Run()
+				clearLoop(l.device)
 			}
 		}
 		if len(left) == 0 {
@@ -92,6 +144,17 @@ func detach(ctx context.Context, chosen func(loop) bool) error {
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
+}
+
+// clearLoop detaches a loop device, or has the kernel do it when the last one who
+// has it open lets go.
+func clearLoop(device string) {
+	f, err := os.Open(device)
+	if err != nil {
+		return
+	}
+	defer f.Close()
+	_, _, _ = unix.Syscall(unix.SYS_IOCTL, f.Fd(), unix.LOOP_CLR_FD, 0)
 }
 
 // removeCgroups removes the control groups that the Docker hosts below dir have

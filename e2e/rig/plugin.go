@@ -33,7 +33,7 @@ type pluginDir struct {
 func (h *Host) InstallPlugin(ctx context.Context, settings map[string]string) error {
 	p := &h.r.plugin
 	p.once.Do(func() {
-		from := cmp.Or(h.r.cfg.Plugin, os.Getenv("FLOCKER_PLUGIN"))
+		from := cmp.Or(h.r.cfg.Plugin, os.Getenv("RIG_PLUGIN"))
 		if from == "" {
 			root, err := sourceRoot()
 			if err != nil {

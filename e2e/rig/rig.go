@@ -53,7 +53,7 @@ type Config struct {
 	// with it.
 	LiveRestore bool
 	// Plugin is the directory of the plugin, with config.json and rootfs; empty is
-	// what the environment variable FLOCKER_PLUGIN says, or else build/plugin of this
+	// what the environment variable RIG_PLUGIN says, or else build/plugin of this
 	// source tree.
 	Plugin string
 	// DockerdArgs are more arguments for each dockerd.
@@ -214,7 +214,14 @@ func (r *Rig) makeDir() error {
 		return err
 	}
 	r.Shared = filepath.Join(r.Dir, "shared")
-	return errors.Join(os.Chmod(r.Dir, 0o755), os.Mkdir(r.Shared, 0o755), os.Mkdir(filepath.Join(r.Dir, "cli"), 0o755))
+	plugins := filepath.Join(r.Dir, "cli", "cli-plugins")
+	return errors.Join(
+		os.Chmod(r.Dir, 0o755),
+		os.Mkdir(r.Shared, 0o755),
+		os.MkdirAll(plugins, 0o755),
+		// Dangling where `make engine` has not run: then `docker compose` is unknown.
+		os.Symlink(filepath.Join(cacheBin(), "docker-compose"), filepath.Join(plugins, "docker-compose")),
+	)
 }
 
 func lockFile(path string, how int) (*os.File, error) {

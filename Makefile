@@ -1,0 +1,151 @@
+# Needs Go and make; `make deps` installs the rest on a Debian machine.
+
+GO      ?= go
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo development)
+CACHE   ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/flocker
+BIN     := $(CACHE)/bin
+# The test rig looks for Engine 29 and Compose there.
+export RIG_BIN := $(BIN)
+
+# Tools, built from source with Go and kept out of go.mod.
+DOCKERD  := v2.0.0-beta.24
+RUNC     := v1.5.2
+COMPOSE  := v5.0.2
+GOLANGCI := v2.12.2
+
+# Debian packages: of the tests and the demo, and of the plugin's root file system.
+PACKAGES := btrfs-progs busybox-static ca-certificates containerd docker-compose docker.io \
+	e2fsprogs gcc git iproute2 iptables kmod libc6-dev libseccomp-dev mmdebstrap pkg-config procps \
+	tini util-linux xfsprogs
+ROOTFS := btrfs-progs busybox-static ca-certificates e2fsprogs mount util-linux xfsprogs
+DEBIAN := bookworm
+
+# Tests that need one of root,docker,etcd fail instead of being skipped if it is here.
+export REQUIRE ?= $(if $(CI),root$(comma)docker$(comma)etcd)
+comma := ,
+
+.DEFAULT_GOAL := help
+.PHONY: help
+help: ## print this
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+.PHONY: build
+build: ## the plugin's binary, build/flocker-plugin
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o build/flocker-plugin ./plugin
+
+.PHONY: plugin
+plugin: build ## the managed plugin, build/plugin; BASE=debian:12-slim makes it with docker build
+ifdef BASE
+	rm -rf build/plugin && mkdir -p build/plugin/rootfs
+	docker build --build-arg BASE=$(BASE) --tag flocker-rootfs .
+	container=$$(docker create flocker-rootfs true) && \
+		docker export $$container | tar -x -C build/plugin/rootfs --exclude='dev/*' \
+			--exclude=.dockerenv --exclude=etc/hostname --exclude=etc/hosts --exclude=etc/mtab --exclude=etc/resolv.conf; \
+		docker rm $$container >/dev/null
+else
+	$(MAKE) --no-print-directory base
+	rm -rf build/plugin && mkdir -p build/plugin
+	cp -a $(BASEDIR) build/plugin/rootfs
+	cp build/flocker-plugin build/plugin/rootfs/usr/bin/
+endif
+	cp config.json build/plugin/
+
+# A new rootfs.sh or package list is a new base.
+BASEDIR = $(CACHE)/base-$(DEBIAN)-$(shell (echo $(ROOTFS); cat plugin/rootfs.sh) | cksum | cut -d' ' -f1)
+
+.PHONY: base
+base: ## the plugin's root file system from Debian packages, where no registry can be reached
+	@[ -d $(BASEDIR) ] || { set -e; \
+		tmp=$$(mktemp -d); trap 'rm -rf $$tmp' EXIT; mkdir -p $(CACHE) $$tmp/debian; \
+		timeout 600 mmdebstrap --quiet --variant=extract --include="$(ROOTFS)" $(DEBIAN) $$tmp/debian.tar; \
+		tar -x -C $$tmp/debian --exclude='./dev/*' -f $$tmp/debian.tar; \
+		sh plugin/rootfs.sh $$tmp/debian $$tmp/rootfs; \
+		rm -rf $(CACHE)/base-*; cp -a $$tmp/rootfs $(BASEDIR).new; mv $(BASEDIR).new $(BASEDIR); }
+
+.PHONY: install
+install: plugin ## create, set and enable the plugin on this machine's Docker; FLOCKER_… variables are its settings
+	$(GO) run ./e2e/install
+
+.PHONY: uninstall
+uninstall: ## disable and remove the plugin; volumes and state stay in /var/lib/flocker
+	$(GO) run ./e2e/install -uninstall
+
+.PHONY: demo
+demo: deps plugin ## a volume follows its container between two Docker hosts on this machine
+	$(GO) run ./e2e/demo
+
+.PHONY: bench
+bench: deps plugin ## how fast it is, beside Docker's local driver and the bare system calls
+	$(GO) run ./e2e/bench
+
+.PHONY: check
+check: lint ## formatting, vet, linters, go.mod
+	$(BIN)/golangci-lint fmt --diff
+	$(GO) vet -tags e2e ./...
+	$(BIN)/golangci-lint run
+	$(GO) mod tidy -diff
+	$(GO) fix -diff ./...
+	for dir in $(MODULES); do (cd $$dir && $(GO) vet ./... && $(GO) mod tidy -diff) || exit; done
+
+# Test modules of their own, for what must not be in go.mod.
+MODULES = $(patsubst %/go.mod,%,$(shell find . -mindepth 2 -name go.mod -not -path './build/*'))
+
+.PHONY: test
+test: deps engine plugin ## everything, with what it needs
+	$(MAKE) --no-print-directory test-unit test-e2e
+
+.PHONY: test-unit
+test-unit: ## all but the tests with Docker hosts
+	$(GO) test -race -timeout 15m ./...
+	for dir in $(MODULES); do (cd $$dir && $(GO) test -race -timeout 10m ./...) || exit; done
+
+.PHONY: test-e2e
+test-e2e: ## the tests with Docker hosts; RUN=TestName for some of them
+	$(GO) test -race -tags e2e -p 1 -count 1 -timeout 45m $(if $(RUN),-run '$(RUN)') ./e2e/...
+
+.PHONY: fuzz
+fuzz: ## each fuzz test for FUZZTIME (30s)
+	for dir in $$($(GO) list -f '{{.Dir}}' ./...); do \
+		for name in $$(grep -hos '^func Fuzz[A-Za-z0-9_]*' $$dir/*_test.go | cut -c6-); do \
+			$(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(or $(FUZZTIME),30s) $$dir || exit; \
+		done; done
+
+.PHONY: deps
+deps: ## install the Debian packages that are missing
+	@missing=; for p in $(PACKAGES); do \
+		dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$p"; done; \
+	[ -z "$$missing" ] && exit; \
+	[ $$(id -u) = 0 ] || { echo "missing Debian packages; as root: apt-get install$$missing" >&2; exit 1; }; \
+	export DEBIAN_FRONTEND=noninteractive; apt="timeout 900 apt-get -qq -o Acquire::Retries=3 -o DPkg::Lock::Timeout=120"; \
+	$$apt update && $$apt install --no-install-recommends $$missing
+
+.PHONY: engine
+engine: deps $(BIN)/.dockerd-$(DOCKERD) $(BIN)/.runc-$(RUNC) $(BIN)/.compose-$(COMPOSE) ## build Docker Engine 29, runc and Compose for the tests (minutes, once)
+
+.PHONY: lint
+lint: $(BIN)/.golangci-lint-$(GOLANGCI)
+
+go-install = GOBIN=$(BIN) nice $(GO) install
+
+$(BIN)/.dockerd-$(DOCKERD):
+	$(go-install) github.com/moby/moby/v2/cmd/dockerd@$(DOCKERD)
+	$(go-install) github.com/moby/moby/v2/cmd/docker-proxy@$(DOCKERD)
+	@touch $@
+
+$(BIN)/.runc-$(RUNC):
+	$(go-install) -tags seccomp github.com/opencontainers/runc@$(RUNC)
+	@touch $@
+
+$(BIN)/.compose-$(COMPOSE):
+	$(go-install) github.com/docker/compose/v5/cmd@$(COMPOSE)
+	@mv $(BIN)/cmd $(BIN)/docker-compose
+	@touch $@
+
+$(BIN)/.golangci-lint-$(GOLANGCI):
+	$(go-install) github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI)
+	@touch $@
+
+.PHONY: clean
+clean: ## remove what was built here, and what killed tests have left behind
+	-$(GO) run ./e2e/cleanup
+	rm -rf build
