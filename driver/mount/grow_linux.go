@@ -2,6 +2,7 @@ package mount
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"time"
@@ -24,15 +25,26 @@ const (
 // growUnmounted grows an ext4 that nobody uses to the size of its device: for a
 // process without CAP_SYS_RESOURCE, which may not grow a mounted one.
 //
-// The check before it is ended with ctx. The growing is not, because half of it
-// could be worse than none; it has a generous time of its own.
-func growUnmounted(ctx context.Context, device string) error {
-	if err := check(ctx, device, true); err != nil {
+// The check before it gets half of the time there is: a volume too large for that
+// is mounted as it is. The growing is not ended with ctx, because half of it could
+// be worse than none; it has a generous time of its own.
+func (s *System) growUnmounted(ctx context.Context, device string) error {
+	limit := time.Minute
+	if end, ok := ctx.Deadline(); ok {
+		limit = min(limit, time.Until(end)/2)
+	}
+	limited, cancel := context.WithTimeoutCause(ctx, limit, errors.New("the check takes too long"))
+	defer cancel()
+	err := s.at("grow")
+	if err == nil {
+		err = check(limited, device, true)
+	}
+	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Minute)
-	defer cancel()
-	_, err := run(ctx, "e2fsprogs", "resize2fs", device)
+	own, cancelOwn := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Minute)
+	defer cancelOwn()
+	_, err = run(own, "e2fsprogs", "resize2fs", device)
 	return err
 }
 

@@ -16,56 +16,56 @@ import (
 
 // need skips a test that lacks what it needs, and fails it where the environment
 // variable REQUIRE says that it must not be skipped.
-func need(t testing.TB, what string, ok bool, why string) {
-	t.Helper()
+func need(tb testing.TB, what string, ok bool, why string) {
+	tb.Helper()
 	switch {
 	case ok:
 	case slices.Contains(strings.Split(os.Getenv("REQUIRE"), ","), what):
-		t.Fatalf("REQUIRE=%s: %s", what, why)
+		tb.Fatalf("REQUIRE=%s: %s", what, why)
 	default:
-		t.Skip(why)
+		tb.Skip(why)
 	}
 }
 
-func needRoot(t testing.TB) {
-	t.Helper()
-	need(t, "root", os.Geteuid() == 0, "needs root")
+func needRoot(tb testing.TB) {
+	tb.Helper()
+	need(tb, "root", os.Geteuid() == 0, "needs root")
 	_, err := os.Stat("/dev/loop-control")
-	need(t, "root", err == nil, "needs /dev/loop-control")
+	need(tb, "root", err == nil, "needs /dev/loop-control")
 }
 
 // newFile returns a sparse file.
-func newFile(t testing.TB, size int64) string {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "disk")
+func newFile(tb testing.TB, size int64) string {
+	tb.Helper()
+	path := filepath.Join(tb.TempDir(), "disk")
 	f, err := os.Create(path)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	defer f.Close()
 	if err := f.Truncate(size); err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	return path
 }
 
 // attach is the bare system calls.
-func attach(t testing.TB, file string) (device string) {
-	t.Helper()
+func attach(tb testing.TB, file string) (device string) {
+	tb.Helper()
 	backing, err := os.OpenFile(file, os.O_RDWR, 0)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	defer backing.Close()
 	control, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	defer control.Close()
 	for range 50 { // others take free devices at the same time
 		n, _, errno := unix.Syscall(unix.SYS_IOCTL, control.Fd(), unix.LOOP_CTL_GET_FREE, 0)
 		if errno != 0 {
-			t.Fatalf("find a free loop device: %v", errno)
+			tb.Fatalf("find a free loop device: %v", errno)
 		}
 		device = fmt.Sprintf("/dev/loop%d", n)
 		dev, err := os.OpenFile(device, os.O_RDWR, 0)
@@ -80,10 +80,10 @@ func attach(t testing.TB, file string) (device string) {
 			return device
 		}
 		if !errors.Is(errno, unix.EBUSY) {
-			t.Fatalf("configure %s: %v", device, errno)
+			tb.Fatalf("configure %s: %v", device, errno)
 		}
 	}
-	t.Fatal("no free loop device")
+	tb.Fatal("no free loop device")
 	return ""
 }
 
@@ -93,10 +93,10 @@ func backing(device string) string {
 	return strings.TrimSpace(string(b))
 }
 
-func detach(t testing.TB, device, file string) {
-	t.Helper()
+func detach(tb testing.TB, device, file string) {
+	tb.Helper()
 	if err := clearLoop(device); err != nil {
-		t.Errorf("detach %s: %v", device, err)
+		tb.Errorf("detach %s: %v", device, err)
 	}
 	for range 100 {
 		if backing(device) != file {
@@ -104,7 +104,7 @@ func detach(t testing.TB, device, file string) {
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	t.Errorf("%s is still attached to %s: something leaked", device, file)
+	tb.Errorf("%s is still attached to %s: something leaked", device, file)
 }
 
 func clearLoop(device string) error {
@@ -120,17 +120,17 @@ func clearLoop(device string) error {
 }
 
 // grow makes a loop device larger.
-func grow(t testing.TB, device, file string, size int64) {
-	t.Helper()
+func grow(tb testing.TB, device, file string, size int64) {
+	tb.Helper()
 	if err := os.Truncate(file, size); err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	dev, err := os.OpenFile(device, os.O_RDWR, 0)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	defer dev.Close()
 	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, dev.Fd(), unix.LOOP_SET_CAPACITY, 0); errno != 0 {
-		t.Fatal(errno)
+		tb.Fatal(errno)
 	}
 }

@@ -73,7 +73,7 @@ func (s *System) mount(ctx context.Context, spec Spec, owner Owner) (warnings []
 	}
 	warnings = append(warnings, protectWarnings...)
 	defer dir.Close()
-	more, err := s.mountOn(dir, target, spec, opts, dev, sb, owner)
+	more, err := s.mountOn(ctx, dir, target, spec, opts, dev, sb, owner)
 	if err != nil {
 		return nil, errors.Join(err, removeBare(target))
 	}
@@ -125,7 +125,7 @@ func (s *System) repair(ctx context.Context, spec Spec, dev *blockDevice, sb *su
 	}
 	var warnings []string
 	if grow {
-		if err := growUnmounted(ctx, spec.Device); err != nil {
+		if err = s.growUnmounted(ctx, spec.Device); err != nil {
 			if errors.Is(err, ErrDamaged) || context.Cause(ctx) != nil {
 				return nil, nil, err
 			}
@@ -137,7 +137,7 @@ func (s *System) repair(ctx context.Context, spec Spec, dev *blockDevice, sb *su
 }
 
 // mountOn mounts dev on the directory dir, which is target.
-func (s *System) mountOn(dir *os.File, target string, spec Spec, opts parsedOptions, dev *blockDevice, sb *superblock, owner Owner) (warnings []string, err error) {
+func (s *System) mountOn(ctx context.Context, dir *os.File, target string, spec Spec, opts parsedOptions, dev *blockDevice, sb *superblock, owner Owner) (warnings []string, err error) {
 	if err := s.at("mount"); err != nil {
 		return nil, err
 	}
@@ -187,7 +187,8 @@ func (s *System) mountOn(dir *os.File, target string, spec Spec, opts parsedOpti
 	if err != nil {
 		root.Close()
 		detached.Close()
-		return nil, errors.Join(err, unmountOnce(target))
+		undo := retryBusy(context.WithoutCancel(ctx), unmountLimit, func() error { return unmountOnce(target) })
+		return nil, errors.Join(err, undo)
 	}
 	return warnings, nil
 }
@@ -204,7 +205,7 @@ func open(kind, device string, opts parsedOptions) (detached *os.File, err error
 		return nil, fmt.Errorf("fsopen %s: %w", kind, err)
 	}
 	defer unix.Close(fsfd)
-	if err := unix.FsconfigSetString(fsfd, "source", device); err != nil {
+	if err = unix.FsconfigSetString(fsfd, "source", device); err != nil {
 		return nil, refused(fsfd, "set source", err)
 	}
 	for _, o := range opts.fs {
@@ -217,7 +218,7 @@ func open(kind, device string, opts parsedOptions) (detached *os.File, err error
 			return nil, refused(fsfd, "mount option "+o.name, err)
 		}
 	}
-	if err := unix.FsconfigCreate(fsfd); err != nil {
+	if err = unix.FsconfigCreate(fsfd); err != nil {
 		return nil, refused(fsfd, "mount", err)
 	}
 	fd, err := unix.Fsmount(fsfd, unix.FSMOUNT_CLOEXEC, int(opts.attrs))
@@ -267,11 +268,10 @@ func makeData(root *os.File, owner Owner) error {
 	if !errors.Is(err, unix.ENOENT) {
 		return err
 	}
-	mode := uint32(owner.Mode.Perm())
+	mode := uint32(owner.Mode)&0o7777 | special(owner.Mode)
 	if mode == 0 {
 		mode = 0o755
 	}
-	mode |= sticky(owner.Mode)
 	if err := unix.Mkdirat(fd, newData, 0o700); err != nil && !errors.Is(err, unix.EEXIST) {
 		return err
 	}
@@ -286,8 +286,8 @@ func makeData(root *os.File, owner Owner) error {
 	return unix.Renameat(fd, newData, fd, DataDir)
 }
 
-// sticky translates the bits of a mode that are not permissions.
-func sticky(mode os.FileMode) (bits uint32) {
+// special translates the bits that Go keeps elsewhere than chmod(2) does.
+func special(mode os.FileMode) (bits uint32) {
 	for flag, bit := range map[os.FileMode]uint32{
 		os.ModeSetuid: unix.S_ISUID, os.ModeSetgid: unix.S_ISGID, os.ModeSticky: unix.S_ISVTX,
 	} {
@@ -384,14 +384,14 @@ func mountedDevice(info *mountinfo.Info) uint64 {
 
 // Mounted looks target up in the mount table. See Mounter.
 func (s *System) Mounted(target string) (device string, err error) {
-	real, err := realTarget(target)
+	resolved, err := realTarget(target)
 	if isNotExist(err) {
 		return "", nil
 	}
 	if err != nil {
 		return "", err
 	}
-	info, err := topMount(real)
+	info, err := topMount(resolved)
 	if info == nil || err != nil {
 		return "", err
 	}
@@ -401,7 +401,7 @@ func (s *System) Mounted(target string) (device string, err error) {
 	}
 	// The name in the table is what somebody mounted it by, and may be another
 	// device's by now.
-	if named, err := deviceNumber(info.Source); err == nil && named == rdev {
+	if named, statErr := deviceNumber(info.Source); statErr == nil && named == rdev {
 		return info.Source, nil
 	}
 	link, err := os.Readlink(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(rdev), unix.Minor(rdev)))
@@ -434,13 +434,16 @@ func (s *System) unmount(ctx context.Context, target string) error {
 			return err
 		}
 		if !mounted {
-			return errors.Join(lost, removeBare(target))
+			// A directory that stays is untidy, and protected; a volume that could not
+			// leave its host because of one would be worse.
+			_ = removeBare(target)
+			return lost
 		}
-		if err := s.at("sync"); err != nil {
+		if err = s.at("sync"); err != nil {
 			return err
 		}
-		syncErr := writeBack(target)
-		err = retryBusy(ctx, 60*time.Millisecond, func() error { return unmountOnce(target) })
+		syncErr := s.writeBack(target)
+		err = retryBusy(ctx, unmountLimit, func() error { return unmountOnce(target) })
 		if err != nil {
 			return errors.Join(err, syncErr)
 		}
@@ -453,17 +456,23 @@ func (s *System) unmount(ctx context.Context, target string) error {
 
 // writeBack asks for everything to be written and says what could not be: umount
 // writes as well, and tells nobody how it went.
-func writeBack(target string) error {
+func (s *System) writeBack(target string) error {
 	fd, err := unix.Open(target, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("open: %w", err)
 	}
 	defer unix.Close(fd)
-	if err := unix.Syncfs(fd); err != nil {
+	if err = s.at("syncfs"); err == nil {
+		err = unix.Syncfs(fd)
+	}
+	if err != nil {
 		return fmt.Errorf("write back: %w", err)
 	}
 	return nil
 }
+
+// unmountLimit is how long an unmount waits for files that are just being closed.
+const unmountLimit = 60 * time.Millisecond
 
 func unmountOnce(target string) error {
 	err := unix.Unmount(target, unix.UMOUNT_NOFOLLOW)
@@ -495,8 +504,8 @@ func protect(target string) (dir *os.File, warnings []string, err error) {
 		return dir, nil, nil // left by an earlier process
 	}
 	if !made {
-		if err := errors.Join(dir.Chown(0, 0), dir.Chmod(0)); err != nil {
-			return dir, nil, fmt.Errorf("protect target: %w", err)
+		if modeErr := errors.Join(dir.Chown(0, 0), dir.Chmod(0)); modeErr != nil {
+			return dir, nil, fmt.Errorf("protect target: %w", modeErr)
 		}
 		if names, _ := dir.Readdirnames(1); len(names) > 0 {
 			warnings = append(warnings, fmt.Sprintf("%s has files of its own (%s, …), which the mount hides", target, names[0]))
@@ -533,7 +542,7 @@ func removeBare(target string) error {
 	}
 	flags, err := getFlags(dir)
 	if err == nil && flags&immutable != 0 {
-		if err := setFlags(dir, flags&^immutable); err != nil {
+		if err = setFlags(dir, flags&^immutable); err != nil {
 			return fmt.Errorf("make target removable: %w", err)
 		}
 	}

@@ -41,10 +41,10 @@ func eachFS(t *testing.T, test func(t *testing.T, fs string, size int64)) {
 	}
 }
 
-func needProgram(t testing.TB, name string) {
-	t.Helper()
+func needProgram(tb testing.TB, name string) {
+	tb.Helper()
 	_, err := exec.LookPath(name)
-	need(t, "root", err == nil, "needs "+name)
+	need(tb, "root", err == nil, "needs "+name)
 }
 
 // rig is a formatted device and a place to mount it.
@@ -159,10 +159,10 @@ func (r *rig) wantGone() {
 	}
 }
 
-func wantErr(t testing.TB, err, class error, text string) {
-	t.Helper()
+func wantErr(tb testing.TB, err, class error, text string) {
+	tb.Helper()
 	if !errors.Is(err, class) || !strings.Contains(fmt.Sprint(err), text) {
-		t.Errorf("got error %v, want one that is %q and says %q", err, class, text)
+		tb.Errorf("got error %v, want one that is %q and says %q", err, class, text)
 	}
 }
 
@@ -170,7 +170,7 @@ func TestLife(t *testing.T) {
 	eachFS(t, func(t *testing.T, fs string, size int64) {
 		r := newRig(t, fs, size)
 		r.format()
-		owner := mount.Owner{UID: 12, GID: 34, Mode: 0o750}
+		owner := mount.Owner{UID: 12, GID: 34, Mode: 0o750 | os.ModeSetgid}
 		for range 2 { // the second is a repeated call
 			if warnings, err := r.s.Mount(t.Context(), r.spec(), owner); err != nil || len(warnings) > 0 {
 				t.Fatalf("mount: %v, %v", warnings, err)
@@ -186,14 +186,14 @@ func TestLife(t *testing.T) {
 		wantDir := func() {
 			t.Helper()
 			var st unix.Stat_t
-			if err := unix.Stat(r.data("."), &st); err != nil {
-				t.Fatal(err)
+			if statErr := unix.Stat(r.data("."), &st); statErr != nil {
+				t.Fatal(statErr)
 			}
-			if got, want := fmt.Sprintf("%d:%d %o", st.Uid, st.Gid, st.Mode&0o7777), "12:34 750"; got != want {
+			if got, want := fmt.Sprintf("%d:%d %o", st.Uid, st.Gid, st.Mode&0o7777), "12:34 2750"; got != want {
 				t.Errorf("data directory: got %s, want %s", got, want)
 			}
-			if entries, err := os.ReadDir(r.data(".")); err != nil || len(entries) > 1 {
-				t.Errorf("data directory: got %v, %v", entries, err)
+			if entries, readErr := os.ReadDir(r.data(".")); readErr != nil || len(entries) > 1 {
+				t.Errorf("data directory: got %v, %v", entries, readErr)
 			}
 		}
 		wantDir()
@@ -531,12 +531,12 @@ func TestMountRepairs(t *testing.T) {
 	wantErr(t, err, mount.ErrUnsupported, "run e2fsck: not supported here: the program is not installed (Debian package e2fsprogs)")
 }
 
-func mustRun(t testing.TB, program string, args ...string) string {
-	t.Helper()
-	needProgram(t, program)
+func mustRun(tb testing.TB, program string, args ...string) string {
+	tb.Helper()
+	needProgram(tb, program)
 	out, err := exec.Command(program, args...).CombinedOutput()
 	if err != nil {
-		t.Fatalf("%s: %v: %s", program, err, out)
+		tb.Fatalf("%s: %v: %s", program, err, out)
 	}
 	return string(out)
 }
@@ -618,6 +618,48 @@ func TestGrowHasToWait(t *testing.T) {
 		t.Error(err)
 	}
 	r.unmount()
+	r.wantGone()
+}
+
+// Growing is a nicety: without it the volume is mounted as it is.
+func TestGrowThatFails(t *testing.T) {
+	r := newRig(t, "ext4", 64*testMiB)
+	if hasResource(t) {
+		t.Skip("this process grows a mounted ext4")
+	}
+	r.format()
+	grow(t, r.dev, r.file, 256*testMiB)
+	s := mount.WithFault(func(step string) error {
+		if step == "grow" {
+			return errors.New("fault")
+		}
+		return nil
+	})
+	warnings, err := s.Mount(t.Context(), r.spec(), mount.Owner{})
+	if want := "ext4 stays at 67108864 bytes on a device of 268435456: fault"; err != nil || len(warnings) != 1 || warnings[0] != want {
+		t.Errorf("got %q, %v, want %q", warnings, err, want)
+	}
+	r.unmount()
+	r.wantGone()
+}
+
+// A device that is gone cannot be written to: that is said once, and does not keep
+// the volume mounted for ever.
+func TestUnmountThatLosesWrites(t *testing.T) {
+	r := newRig(t, "ext4", 8*testMiB)
+	r.format()
+	r.mount()
+	s := mount.WithFault(func(step string) error {
+		if step == "syncfs" {
+			return unix.EIO
+		}
+		return nil
+	})
+	err := s.Unmount(t.Context(), r.target)
+	wantErr(t, err, unix.EIO, "unmount "+r.target+": it is unmounted, but its last writes may be lost: write back: input/output error")
+	if err := s.Unmount(t.Context(), r.target); err != nil {
+		t.Errorf("again: %v", err)
+	}
 	r.wantGone()
 }
 

@@ -77,7 +77,7 @@ func valued(names string) map[string]mountOption {
 
 func options(names string, o mountOption) map[string]mountOption {
 	m := map[string]mountOption{}
-	for _, n := range strings.Fields(names) {
+	for n := range strings.FieldsSeq(names) {
 		m[n] = o
 	}
 	return m

@@ -16,29 +16,29 @@ import (
 const goldenID = "4a3f1a40-7c0f-4d39-8a53-0f2d9e6c1b7a"
 
 // made returns the start of a filesystem as its own mkfs makes it.
-func made(t testing.TB, size int64, program string, args ...string) []byte {
-	t.Helper()
+func made(tb testing.TB, size int64, program string, args ...string) []byte {
+	tb.Helper()
 	if _, err := exec.LookPath(program); err != nil {
 		if slices.Contains(strings.Split(os.Getenv("REQUIRE"), ","), "root") {
-			t.Fatalf("REQUIRE=root: needs %s", program)
+			tb.Fatalf("REQUIRE=root: needs %s", program)
 		}
-		t.Skipf("needs %s", program)
+		tb.Skipf("needs %s", program)
 	}
-	path := filepath.Join(t.TempDir(), "disk")
+	path := filepath.Join(tb.TempDir(), "disk")
 	f, err := os.Create(path)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	defer f.Close()
 	if err := f.Truncate(size); err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	if out, err := exec.Command(program, append(args, path)...).CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
+		tb.Fatalf("%v: %s", err, out)
 	}
 	b := make([]byte, superblocksLen)
 	if _, err := io.ReadFull(f, b); err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	return b
 }

@@ -54,7 +54,7 @@ func openDevice(path string, flags int) (*blockDevice, error) {
 		return nil, err
 	}
 	var st unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+	if err = unix.Fstat(int(f.Fd()), &st); err != nil {
 		f.Close()
 		return nil, fmt.Errorf("stat %s: %w", path, err)
 	}
