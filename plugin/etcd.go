@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -43,18 +44,11 @@ type etcdConfig struct {
 // returns the endpoint to reach it at. It blocks until etcd is ready; after an
 // error it may be called again.
 func startEtcd(ctx context.Context, cfg etcdConfig) (endpoint string, stop func(), err error) {
-	listen := etcdAddress
-	if cfg.Listen != "" {
-		listen = cfg.Listen
-	}
-	host, port, err := net.SplitHostPort(listen)
+	listen := cmp.Or(cfg.Listen, etcdAddress)
+	endpoint, err = etcdEndpoint(cfg.Listen)
 	if err != nil {
-		return "", nil, fmt.Errorf("start etcd: address %q is not of the form host:port", listen)
+		return "", nil, fmt.Errorf("start etcd: %w", err)
 	}
-	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
-		host = "127.0.0.1"
-	}
-	endpoint = "http://" + net.JoinHostPort(host, port)
 
 	if reason, ok := etcdGivenUp.Load(cfg.Dir); ok {
 		return "", nil, fmt.Errorf("start etcd in %s: %v", cfg.Dir, reason)
@@ -134,6 +128,20 @@ func giveUp(dir, reason string) error {
 	reason += "; repair or restore its data, then start the plugin again"
 	etcdGivenUp.Store(dir, reason)
 	return fmt.Errorf("start etcd in %s: %s", dir, reason)
+}
+
+// etcdEndpoint is what startEtcd will return for that address to listen on, so
+// that clients can be made before there is a server.
+func etcdEndpoint(listen string) (string, error) {
+	listen = cmp.Or(listen, etcdAddress)
+	host, port, err := net.SplitHostPort(listen)
+	if err != nil {
+		return "", fmt.Errorf("address %q is not of the form host:port", listen)
+	}
+	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
+		host = "127.0.0.1"
+	}
+	return "http://" + net.JoinHostPort(host, port), nil
 }
 
 // lockEtcdDir makes the directory, and keeps other processes from running an

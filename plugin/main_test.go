@@ -140,6 +140,9 @@ func TestProcess(t *testing.T) {
 	p := plugin(t.Context(), dir, etcd).begin(t)
 	p.await(t, time.Second, "/Plugin.Activate", "", `{"Implements":["VolumeDriver"]}`)
 	p.await(t, time.Second, "/VolumeDriver.Capabilities", "{}\n", `{"Capabilities":{"Scope":"global"}}`)
+	// The first call waits for etcd, and is not refused.
+	p.await(t, starting, "/VolumeDriver.Create", `{"Name":"v0","Opts":{"size":"20M"}}`, `{}`)
+	p.await(t, starting, "/VolumeDriver.Remove", `{"Name":"v0"}`, `{}`)
 	p.await(t, starting, "/VolumeDriver.List", "{}\n", `{"Volumes":[]}`)
 	p.await(t, starting, "/VolumeDriver.Get", `{"Name":"v1"}`, `{"Err":"no such volume: v1"}`)
 	create, remove := `{"Name":"v1","Opts":{"size":"20M"}}`, `{"Name":"v1"}`
@@ -160,6 +163,25 @@ func TestProcess(t *testing.T) {
 	if err != nil || !strings.HasPrefix(got, `{"Volume":{"Name":"v1",`) {
 		t.Errorf("after kill -9: got %s, %v, want the volume", got, err)
 	}
+	p.stop(t)
+
+	// What is known is known without etcd, and at once.
+	broken := filepath.Join(t.TempDir(), "file")
+	if err = os.WriteFile(broken, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p = plugin(t.Context(), dir, etcd, "FLOCKER_ETCD_DIR="+broken).begin(t)
+	p.await(t, time.Second, "/VolumeDriver.Capabilities", "{}\n", `{"Capabilities":{"Scope":"global"}}`)
+	got, err = p.post(t.Context(), "/VolumeDriver.Get", `{"Name":"v1"}`)
+	if err != nil || !strings.HasPrefix(got, `{"Volume":{"Name":"v1",`) {
+		t.Errorf("without etcd: got %s, %v, want the volume", got, err)
+	}
+	p.stop(t)
+	if want := "make its directory: mkdir " + broken + ": not a directory"; !strings.Contains(p.out.String(), want) {
+		t.Errorf("log: got %s, want %s in it", p.out.String(), want)
+	}
+
+	p = plugin(t.Context(), dir, etcd).begin(t)
 	p.await(t, 3*starting, "/VolumeDriver.Remove", remove, `{}`)
 	p.stop(t)
 }

@@ -25,16 +25,14 @@ func start(ctx context.Context, s settings, srv *server, log *logrus.Entry) {
 	}
 	endpoints := s.EtcdEndpoints
 	if len(endpoints) == 0 {
-		var stop func()
-		endpoint, failed := persist(ctx, log, "etcd", func() (at string, err error) {
-			at, stop, err = startEtcd(ctx, etcdConfig{Dir: s.EtcdDir, Listen: s.EtcdListen, Log: log})
-			return at, err
-		})
+		endpoint, failed := etcdEndpoint(s.EtcdListen)
 		if failed != nil {
+			log.WithField("err", failed).Error("no etcd inside the plugin")
 			return
 		}
-		defer stop()
 		endpoints = []string{endpoint}
+		// The driver does not wait for it: what is mounted is served without etcd.
+		defer etcdInside(ctx, s, log)()
 	}
 	store, err := persist(ctx, log, "etcd client", func() (*ownership.Etcd, error) {
 		return ownership.NewEtcd(ownership.EtcdConfig{
@@ -73,6 +71,28 @@ func start(ctx context.Context, s settings, srv *server, log *logrus.Entry) {
 				log.WithFields(logrus.Fields{"part": name, "err": err}).Error("stopped by itself")
 			}
 		})
+	}
+}
+
+// etcdInside runs the etcd inside the plugin until stop is called, which is after
+// those who use it have ended.
+func etcdInside(ctx context.Context, s settings, log *logrus.Entry) (stop func()) {
+	end, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		stopEtcd, err := persist(ctx, log, "etcd", func() (func(), error) {
+			_, stopEtcd, err := startEtcd(ctx, etcdConfig{Dir: s.EtcdDir, Listen: s.EtcdListen, Log: log})
+			return stopEtcd, err
+		})
+		if err != nil {
+			return
+		}
+		<-end
+		stopEtcd()
+	}()
+	return func() {
+		close(end)
+		<-ended
 	}
 }
 
