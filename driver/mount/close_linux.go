@@ -34,19 +34,19 @@ func (s *System) close(ctx context.Context, device string) error {
 	if len(holders) > 0 {
 		return fmt.Errorf("%w: %s is on top of it", ErrBusy, holders[0].Name())
 	}
-	if err := s.at("flush"); err != nil {
+	if err = s.at("flush"); err != nil {
 		return err
 	}
-	if err := dev.Sync(); err != nil {
+	if err = dev.Sync(); err != nil {
 		return fmt.Errorf("flush: %w", err)
 	}
-	if err := unix.IoctlSetInt(int(dev.Fd()), unix.BLKFLSBUF, 0); err != nil {
+	if err = unix.IoctlSetInt(int(dev.Fd()), unix.BLKFLSBUF, 0); err != nil {
 		return fmt.Errorf("drop buffers: %w", err)
 	}
 	err = retryBusy(ctx, 300*time.Millisecond, func() error {
-		b, err := os.ReadFile(dev.sys() + "/inflight")
-		if err != nil {
-			return fmt.Errorf("read requests in flight: %w", err)
+		b, readErr := os.ReadFile(dev.sys() + "/inflight")
+		if readErr != nil {
+			return fmt.Errorf("read requests in flight: %w", readErr)
 		}
 		if n := strings.Fields(string(b)); len(n) != 2 || n[0] != "0" || n[1] != "0" {
 			return fmt.Errorf("%w: requests in flight (reads and writes): %s", ErrBusy, strings.Join(n, " "))

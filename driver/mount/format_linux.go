@@ -54,7 +54,7 @@ func (s *System) format(ctx context.Context, spec FormatSpec) error {
 		return err
 	}
 	tool := mkfsTools[spec.FS]
-	if _, err := findProgram(tool.program); err != nil { // before anything is written
+	if _, err = findProgram(tool.program); err != nil { // before anything is written
 		return fmt.Errorf("%w: %s is not installed (Debian package %s)", ErrUnsupported, tool.program, tool.pkg)
 	}
 	ready, err := prepare(ctx, spec, id)
@@ -81,7 +81,7 @@ func prepare(ctx context.Context, spec FormatSpec, id uuid.UUID) (ready bool, er
 		return false, err
 	}
 	defer dev.Close()
-	if err := checkSize(spec.FS, dev.size); err != nil {
+	if err = checkSize(spec.FS, dev.size); err != nil {
 		return false, err
 	}
 	sb, err := dev.superblock(spec.FS)

@@ -64,7 +64,7 @@ func (s *System) mount(ctx context.Context, spec Spec, owner Owner) (warnings []
 	if sb, warnings, err = s.repair(ctx, spec, dev, sb, id); err != nil {
 		return nil, err
 	}
-	if err := context.Cause(ctx); err != nil {
+	if err = context.Cause(ctx); err != nil {
 		return nil, err
 	}
 	dir, protectWarnings, err := protect(target)
@@ -115,11 +115,11 @@ func (s *System) repair(ctx context.Context, spec Spec, dev *blockDevice, sb *su
 		return nil, nil, err
 	}
 	probe.Close()
-	if err := s.at("check"); err != nil {
+	if err = s.at("check"); err != nil {
 		return nil, nil, err
 	}
 	if sb.damaged {
-		if err := check(ctx, spec.Device, false); err != nil {
+		if err = check(ctx, spec.Device, false); err != nil {
 			return nil, nil, err
 		}
 	}
@@ -138,7 +138,7 @@ func (s *System) repair(ctx context.Context, spec Spec, dev *blockDevice, sb *su
 
 // mountOn mounts dev on the directory dir, which is target.
 func (s *System) mountOn(ctx context.Context, dir *os.File, target string, spec Spec, opts parsedOptions, dev *blockDevice, sb *superblock, owner Owner) (warnings []string, err error) {
-	if err := s.at("mount"); err != nil {
+	if err = s.at("mount"); err != nil {
 		return nil, err
 	}
 	detached, err := open(spec.FS, spec.Device, opts)
@@ -152,28 +152,28 @@ func (s *System) mountOn(ctx context.Context, dir *os.File, target string, spec 
 	}
 	root := os.NewFile(uintptr(rootFD), "root of "+spec.Device)
 	defer root.Close()
-	if err := isOn(root, sb, dev); err != nil {
+	if err = isOn(root, sb, dev); err != nil {
 		return nil, err
 	}
 	var st unix.Statfs_t
-	if err := unix.Fstatfs(rootFD, &st); err != nil {
+	if err = unix.Fstatfs(rootFD, &st); err != nil {
 		return nil, fmt.Errorf("statfs: %w", err)
 	}
 	if st.Flags&unix.ST_RDONLY != 0 {
 		return nil, errors.New("the kernel mounted it read-only: is the device read-only?")
 	}
 	if room := sb.room(dev.size); room > sb.size && (sb.fs != ext4 || hasResource()) {
-		if err := growMounted(root, sb, room); err != nil {
+		if err = growMounted(root, sb, room); err != nil {
 			warnings = append(warnings, fmt.Sprintf("%s stays at %d bytes on a device of %d: grow: %v", sb.fs, sb.size, dev.size, err))
 		}
 	}
-	if err := s.at("data directory"); err != nil {
+	if err = s.at("data directory"); err != nil {
 		return nil, err
 	}
-	if err := makeData(root, owner); err != nil {
+	if err = makeData(root, owner); err != nil {
 		return nil, fmt.Errorf("make %s directory: %w", DataDir, err)
 	}
-	if err := s.at("move"); err != nil {
+	if err = s.at("move"); err != nil {
 		return nil, err
 	}
 	err = unix.MoveMount(int(detached.Fd()), "", int(dir.Fd()), "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH)

@@ -29,14 +29,14 @@ var kinds = []struct {
 	size int64
 }{{"ext4", 64 * testMiB}, {"xfs", 320 * testMiB}, {"btrfs", 128 * testMiB}}
 
-// eachFS runs a test for each filesystem.
-func eachFS(t *testing.T, test func(t *testing.T, fs string, size int64)) {
+// eachFS runs a test for each filesystem, on a blank device.
+func eachFS(t *testing.T, test func(r *rig)) {
 	t.Helper()
 	for _, k := range kinds {
 		t.Run(k.fs, func(t *testing.T) {
 			needRoot(t)
 			needProgram(t, "mkfs."+k.fs)
-			test(t, k.fs, k.size)
+			test(newRig(t, k.fs, k.size))
 		})
 	}
 }
@@ -51,13 +51,14 @@ func needProgram(tb testing.TB, name string) {
 type rig struct {
 	t                 *testing.T
 	s                 *mount.System
+	size              int64
 	fs, id            string
 	dev, file, target string
 }
 
 func newRig(t *testing.T, fs string, size int64) *rig {
 	t.Helper()
-	r := &rig{t: t, s: &mount.System{}, fs: fs, id: uuid.NewString()}
+	r := &rig{t: t, s: &mount.System{}, size: size, fs: fs, id: uuid.NewString()}
 	needRoot(t)
 	r.file = newFile(t, size)
 	r.dev = attach(t, r.file)
@@ -76,7 +77,7 @@ func newTarget(t *testing.T) string {
 			t.Errorf("%s was still mounted", target)
 		}
 		if _, err := os.Lstat(target); err == nil {
-			exec.Command("chattr", "-i", target).Run()
+			_ = exec.Command("chattr", "-i", target).Run()
 		}
 	})
 	return target
@@ -167,8 +168,8 @@ func wantErr(tb testing.TB, err, class error, text string) {
 }
 
 func TestLife(t *testing.T) {
-	eachFS(t, func(t *testing.T, fs string, size int64) {
-		r := newRig(t, fs, size)
+	eachFS(t, func(r *rig) {
+		t, fs := r.t, r.fs
 		r.format()
 		owner := mount.Owner{UID: 12, GID: 34, Mode: 0o750 | os.ModeSetgid}
 		for range 2 { // the second is a repeated call
@@ -205,7 +206,7 @@ func TestLife(t *testing.T) {
 
 		spec := r.spec()
 		spec.Options = "noatime,nodev,discard"
-		if _, err := r.s.Mount(t.Context(), spec, mount.Owner{UID: 99, Mode: 0o777}); err != nil {
+		if _, err = r.s.Mount(t.Context(), spec, mount.Owner{UID: 99, Mode: 0o777}); err != nil {
 			t.Fatal(err)
 		}
 		wantDir() // an existing one is never changed
@@ -226,8 +227,8 @@ func TestLife(t *testing.T) {
 }
 
 func TestMountRefusesAnotherFilesystem(t *testing.T) {
-	eachFS(t, func(t *testing.T, fs string, size int64) {
-		r := newRig(t, fs, size)
+	eachFS(t, func(r *rig) {
+		t, fs := r.t, r.fs
 		_, err := r.s.Mount(t.Context(), r.spec(), mount.Owner{})
 		wantErr(t, err, mount.ErrIdentity, "mount "+r.dev+": not the expected filesystem: found none, expected "+fs+" with UUID "+r.id)
 		r.wantGone()
@@ -301,8 +302,8 @@ func TestMountOnATakenTarget(t *testing.T) {
 }
 
 func TestUndoAtEachStep(t *testing.T) {
-	eachFS(t, func(t *testing.T, fs string, size int64) {
-		r := newRig(t, fs, size)
+	eachFS(t, func(r *rig) {
+		t := r.t
 		r.format()
 		for _, step := range []string{"mount", "data directory", "move", "moved"} {
 			t.Run(step, func(t *testing.T) {
@@ -408,8 +409,8 @@ func TestTargetThatIsALink(t *testing.T) {
 }
 
 func TestBusyUnmount(t *testing.T) {
-	eachFS(t, func(t *testing.T, fs string, size int64) {
-		r := newRig(t, fs, size)
+	eachFS(t, func(r *rig) {
+		t := r.t
 		r.format()
 		r.mount()
 		f, err := os.Create(r.data("f"))
@@ -433,8 +434,8 @@ func TestBusyUnmount(t *testing.T) {
 // of it: umount returns 0, and the device must not be taken away.
 func TestCloseSeesOtherNamespaces(t *testing.T) {
 	needProgram(t, "unshare")
-	eachFS(t, func(t *testing.T, fs string, size int64) {
-		r := newRig(t, fs, size)
+	eachFS(t, func(r *rig) {
+		t := r.t
 		r.format()
 		r.mount()
 		child := exec.Command("unshare", "-m", "--propagation", "private", "sh", "-c",
@@ -450,7 +451,7 @@ func TestCloseSeesOtherNamespaces(t *testing.T) {
 		if err := child.Start(); err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { child.Process.Kill(); child.Wait() })
+		t.Cleanup(func() { _ = child.Process.Kill(); _ = child.Wait() })
 		said := func(want string) {
 			t.Helper()
 			b := make([]byte, len(want))
@@ -470,9 +471,9 @@ func TestCloseSeesOtherNamespaces(t *testing.T) {
 		r.wantContent("late", "still writing\n")
 		r.unmount()
 
-		child.Process.Kill() // and Close waits for the namespace to go
+		_ = child.Process.Kill() // and Close waits for the namespace to go
 		r.close()
-		child.Wait()
+		_ = child.Wait()
 		r.wantGone()
 	})
 }
@@ -485,8 +486,8 @@ func TestCloseOfNoDevice(t *testing.T) {
 
 // A crash leaves the journal to be replayed; what was synced is there.
 func TestDirtyJournal(t *testing.T) {
-	eachFS(t, func(t *testing.T, fs string, size int64) {
-		r := newRig(t, fs, size)
+	eachFS(t, func(r *rig) {
+		t := r.t
 		r.format()
 		r.mount()
 		r.write("f", "synced")
@@ -542,8 +543,8 @@ func mustRun(tb testing.TB, program string, args ...string) string {
 }
 
 func TestMountOfAReadOnlyDevice(t *testing.T) {
-	eachFS(t, func(t *testing.T, fs string, size int64) {
-		r := newRig(t, fs, size)
+	eachFS(t, func(r *rig) {
+		t := r.t
 		r.format()
 		mustRun(t, "blockdev", "--setro", r.dev)
 		t.Cleanup(func() { mustRun(t, "blockdev", "--setrw", r.dev) }) // it would stick to the loop device
@@ -556,9 +557,9 @@ func TestMountOfAReadOnlyDevice(t *testing.T) {
 }
 
 func TestGrow(t *testing.T) {
-	eachFS(t, func(t *testing.T, fs string, size int64) {
+	eachFS(t, func(r *rig) {
+		t, size := r.t, r.size
 		needProgram(t, "resize2fs")
-		r := newRig(t, fs, size)
 		r.format()
 		r.mount()
 		r.write("f", "kept")
@@ -680,39 +681,40 @@ func hasResource(t *testing.T) bool {
 }
 
 func TestFormatNeverTakesForeignData(t *testing.T) {
-	eachFS(t, func(t *testing.T, fs string, size int64) {
+	eachFS(t, func(r *rig) {
+		t, fs, size := r.t, r.fs, r.size
 		for _, c := range []struct {
 			name, text string
-			put        func(t *testing.T, dev string)
+			put        func(r *rig)
 		}{
 			{"first byte", "not blank: there is unknown data at byte 0,", putAt(0)},
 			{"end of the first MiB", fmt.Sprintf("unknown data at byte %d,", testMiB-1), putAt(testMiB - 1)},
 			{"start of the last MiB", fmt.Sprintf("unknown data at byte %d,", size-testMiB), putAt(size - testMiB)},
 			{"last byte", fmt.Sprintf("unknown data at byte %d,", size-1), putAt(size - 1)},
-			{"a mark of another volume", "unknown data at byte 524288,", func(t *testing.T, dev string) {
-				f := openRW(t, dev)
+			{"a mark of another volume", "unknown data at byte 524288,", func(r *rig) {
+				f := openRW(r.t, r.dev)
 				fmt.Fprintf(io.NewOffsetWriter(f, 512<<10), "flocker: the mkfs for %s has not ended\n", uuidB)
 			}},
-			{"ext4", "there is ext4 with UUID " + uuidB + " on it", func(t *testing.T, dev string) {
-				mustRun(t, "mkfs.ext4", "-q", "-F", "-U", uuidB, dev)
+			{"ext4", "there is ext4 with UUID " + uuidB + " on it", func(r *rig) {
+				mustRun(r.t, "mkfs.ext4", "-q", "-F", "-U", uuidB, r.dev)
 			}},
-			{"xfs", "there is xfs with UUID " + uuidB + " on it", func(t *testing.T, dev string) {
+			{"xfs", "there is xfs with UUID " + uuidB + " on it", func(r *rig) {
 				if size < 300*testMiB {
-					t.Skip("too small")
+					r.t.Skip("too small")
 				}
-				mustRun(t, "mkfs.xfs", "-q", "-f", "-m", "uuid="+uuidB, dev)
+				mustRun(r.t, "mkfs.xfs", "-q", "-f", "-m", "uuid="+uuidB, r.dev)
 			}},
-			{"btrfs", "there is btrfs with UUID " + uuidB + " on it", func(t *testing.T, dev string) {
-				mustRun(t, "mkfs.btrfs", "-q", "-f", "-M", "-U", uuidB, dev)
+			{"btrfs", "there is btrfs with UUID " + uuidB + " on it", func(r *rig) {
+				mustRun(r.t, "mkfs.btrfs", "-q", "-f", "-M", "-U", uuidB, r.dev)
 			}},
-			{"ext2", "there is ext4 with UUID " + uuidB + " on it", func(t *testing.T, dev string) {
-				mustRun(t, "mkfs.ext2", "-q", "-F", "-U", uuidB, dev)
+			{"ext2", "there is ext4 with UUID " + uuidB + " on it", func(r *rig) {
+				mustRun(r.t, "mkfs.ext2", "-q", "-F", "-U", uuidB, r.dev)
 			}},
-			{"swap", "unknown data at byte 1024,", func(t *testing.T, dev string) { mustRun(t, "mkswap", dev) }},
+			{"swap", "unknown data at byte 1024,", func(r *rig) { mustRun(r.t, "mkswap", r.dev) }},
 		} {
 			t.Run(c.name, func(t *testing.T) {
 				r := newRig(t, fs, size)
-				c.put(t, r.dev)
+				c.put(r)
 				r.close()
 				before := sum(t, r.file)
 				wantErr(t, r.s.Format(t.Context(), r.formatSpec()), mount.ErrNotBlank, c.text)
@@ -735,11 +737,11 @@ func openRW(t *testing.T, dev string) *os.File {
 	return f
 }
 
-func putAt(at int64) func(t *testing.T, dev string) {
-	return func(t *testing.T, dev string) {
-		f := openRW(t, dev)
+func putAt(at int64) func(r *rig) {
+	return func(r *rig) {
+		f := openRW(r.t, r.dev)
 		if _, err := f.WriteAt([]byte{1}, at); err != nil {
-			t.Fatal(err)
+			r.t.Fatal(err)
 		}
 		f.Close()
 	}
@@ -775,8 +777,7 @@ func sum(t *testing.T, file string) string {
 // A finished filesystem of the volume's own is not made again, whatever the record
 // says: the record may be from a backup.
 func TestFormatKeepsWhatIsFinished(t *testing.T) {
-	eachFS(t, func(t *testing.T, fs string, size int64) {
-		r := newRig(t, fs, size)
+	eachFS(t, func(r *rig) {
 		r.format()
 		r.mount()
 		r.write("f", "kept")
@@ -791,7 +792,8 @@ func TestFormatKeepsWhatIsFinished(t *testing.T) {
 
 // Whenever mkfs is stopped, the next Format ends well.
 func TestInterruptedFormat(t *testing.T) {
-	eachFS(t, func(t *testing.T, fs string, size int64) {
+	eachFS(t, func(r *rig) {
+		t, fs, size := r.t, r.fs, r.size
 		sizes := []int64{size, 4 * size}
 		if fs == "ext4" {
 			sizes = []int64{4 * testMiB, 9*testMiB + 512, size, 1 << 30, 3 << 30}
