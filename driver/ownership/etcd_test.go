@@ -3,13 +3,16 @@ package ownership_test
 import (
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"net/url"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
 
@@ -21,7 +24,9 @@ import (
 // its address.
 func startEtcd(tb testing.TB, dir string) string {
 	tb.Helper()
+	_, isBenchmark := tb.(*testing.B)
 	cfg := embed.NewConfig()
+	cfg.UnsafeNoFsync = !isBenchmark // the tests' own disk is none of their business
 	cfg.Dir = filepath.Join(dir, "etcd")
 	cfg.LogLevel, cfg.LogOutputs = "panic", []string{filepath.Join(dir, "log")}
 	// Short elections let leases be as short as a second.
@@ -94,5 +99,297 @@ func TestEtcd(t *testing.T) {
 				Compact: compact,
 			}
 		}})
+	})
+}
+
+// proxy passes TCP connections on, until it is told to swallow the next answer.
+type proxy struct {
+	listener net.Listener
+	to       string
+
+	mu      sync.Mutex
+	swallow bool
+	cut     int // how many answers were swallowed
+}
+
+func startProxy(tb testing.TB, to string) *proxy {
+	tb.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	p := &proxy{listener: l, to: to}
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			client, err := l.Accept()
+			if err != nil {
+				return
+			}
+			wg.Go(func() { p.serve(client) })
+		}
+	})
+	tb.Cleanup(func() {
+		_ = l.Close()
+		wg.Wait()
+	})
+	return p
+}
+
+func (p *proxy) serve(client net.Conn) {
+	defer func() { _ = client.Close() }()
+	server, err := net.Dial("tcp", p.to)
+	if err != nil {
+		return
+	}
+	defer func() { _ = server.Close() }()
+	go func() {
+		_, _ = io.Copy(server, client)
+		_ = server.Close()
+	}()
+	buf := make([]byte, 1<<16)
+	for {
+		n, err := server.Read(buf)
+		if err != nil {
+			return
+		}
+		p.mu.Lock()
+		swallow := p.swallow
+		if swallow {
+			p.swallow = false
+			p.cut++
+		}
+		p.mu.Unlock()
+		if swallow {
+			// The request has reached etcd. Its answer, which may be what was just
+			// read or is about to come, never reaches the client.
+			time.Sleep(100 * time.Millisecond)
+			return
+		}
+		if _, err := client.Write(buf[:n]); err != nil {
+			return
+		}
+	}
+}
+
+// lose makes the proxy swallow the next answer, and returns a function that says
+// whether it did.
+func (p *proxy) lose() func() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.swallow = true
+	before := p.cut
+	return func() bool {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return p.cut == before+1 && !p.swallow
+	}
+}
+
+// TestEtcdAnswerLost cuts the connection after etcd got a request and before the
+// client got the answer, for each transaction.
+func TestEtcdAnswerLost(t *testing.T) {
+	endpoint := startEtcd(t, t.TempDir())
+	p := startProxy(t, endpoint)
+	join := func(id, at string) *ownership.Map {
+		store := connect(t, at)
+		m := ownership.New(store, ownership.Node{ID: id, Host: "host-" + id, Boot: "boot"}, ownership.Config{TTL: 60 * time.Second, Renew: 30 * time.Second})
+		ctx, cancel := context.WithCancel(context.Background())
+		done := make(chan error, 1)
+		go func() { done <- m.Run(ctx) }()
+		t.Cleanup(func() {
+			cancel()
+			<-done
+			_ = store.Close()
+		})
+		limit, stop := context.WithTimeout(t.Context(), 10*time.Second)
+		defer stop()
+		if err := m.Registered(limit); err != nil {
+			t.Fatal(err)
+		}
+		return m
+	}
+	a, b := join("a", p.listener.Addr().String()), join("b", endpoint)
+	ctx := t.Context()
+	lossy := func(what string, call func() error) {
+		t.Helper()
+		lost := p.lose()
+		if err := call(); err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
+		if !lost() {
+			t.Errorf("%s: no answer was lost", what)
+		}
+	}
+	var (
+		v       ownership.Volume
+		o       ownership.Owner
+		created bool
+		err     error
+	)
+	lossy("create", func() error {
+		v, created, err = a.Create(ctx, ownership.Volume{ID: uuid.NewString(), Name: "v"})
+		return err
+	})
+	if !created {
+		t.Error("not created")
+	}
+	v.Ref = "ref"
+	lossy("ready", func() error { v, err = a.Ready(ctx, v); return err })
+	lossy("claim", func() error { o, _, err = a.Claim(ctx, v.ID); return err })
+	lossy("formatted", func() error { v, err = a.Formatted(ctx, v.ID, o.Token, v); return err })
+	lossy("check", func() error { return a.Check(ctx, v.ID, o.Token) })
+	lossy("retake", func() error { o, _, err = a.Retake(ctx, o); return err })
+	lossy("release", func() error { return a.Release(ctx, v.ID, o.Token) })
+	theirs, _, err := b.Claim(ctx, v.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lossy("request", func() error { return a.Request(ctx, theirs, "mount") })
+	waiting, err := b.Waiting(ctx)
+	if err != nil || len(waiting) != 1 {
+		t.Fatal(waiting, err)
+	}
+	if _, err := b.HandOver(ctx, v.ID, theirs.Token, waiting[0]); err != nil {
+		t.Fatal(err)
+	}
+	view, err := a.Lookup(ctx, "v")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Request(ctx, *view.Owner, "mount"); err != nil {
+		t.Fatal(err)
+	}
+	if waiting, err = a.Waiting(ctx); err != nil || len(waiting) != 1 {
+		t.Fatal(waiting, err)
+	}
+	lossy("reply", func() error { return a.Reply(ctx, waiting[0], ownership.Reply{Busy: true}) })
+	if _, replied, err := b.Replied(ctx, v.ID); !replied || err != nil {
+		t.Errorf("replied %v, %v", replied, err)
+	}
+	lossy("hand over", func() error {
+		handed, err := a.HandOver(ctx, v.ID, view.Owner.Token, waiting[0])
+		if !handed {
+			t.Error("not handed over")
+		}
+		return err
+	})
+	view, err = b.Lookup(ctx, "v")
+	if err != nil || view.Owner == nil || view.Owner.Node != "b" {
+		t.Fatalf("view is %+v, %v", view, err)
+	}
+	if err := b.Release(ctx, v.ID, view.Owner.Token); err != nil {
+		t.Fatal(err)
+	}
+	lossy("delete", func() error { v, err = a.Delete(ctx, view.Volume, 0); return err })
+	lossy("purge", func() error { return a.Purge(ctx, v) })
+}
+
+func TestEtcdConfig(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		cfg  ownership.EtcdConfig
+		want string
+	}{
+		{"no endpoints", ownership.EtcdConfig{}, "no etcd endpoints are set"},
+		{"no such CA", ownership.EtcdConfig{Endpoints: []string{"a:1"}, CAFile: "/nix"}, "read etcd CA file: open /nix: no such file or directory"},
+		{"no CA in it", ownership.EtcdConfig{Endpoints: []string{"a:1"}, CAFile: "/dev/null"}, "etcd CA file /dev/null has no certificate in it"},
+		{"no key", ownership.EtcdConfig{Endpoints: []string{"a:1"}, CertFile: "/dev/null"}, "etcd needs both a certificate file and a key file, or neither"},
+		{"bad key", ownership.EtcdConfig{Endpoints: []string{"a:1"}, CertFile: "/dev/null", KeyFile: "/dev/null"}, "read etcd client certificate: tls: failed to find any PEM data in certificate input"},
+		{"no password", ownership.EtcdConfig{Endpoints: []string{"a:1"}, User: "u"}, "etcd needs both a user and a password file, or neither"},
+		{"no such password", ownership.EtcdConfig{Endpoints: []string{"a:1"}, User: "u", PasswordFile: "/nix"}, "read etcd password: open /nix: no such file or directory"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if _, err := ownership.NewEtcd(c.cfg); err == nil || err.Error() != c.want {
+				t.Errorf("got error %v, want %s", err, c.want)
+			}
+		})
+	}
+}
+
+// Nobody answers there; the error says who did not.
+func TestEtcdAway(t *testing.T) {
+	endpoint := freeURL(t).Host
+	store := connect(t, endpoint)
+	defer func() { _ = store.Close() }()
+	m := ownership.New(store, ownership.Node{ID: "a"}, ownership.Config{Timeout: 300 * time.Millisecond})
+	start := time.Now()
+	_, err := m.List(t.Context())
+	want := "ownership cannot be checked: etcd at " + endpoint + " does not answer: context deadline exceeded"
+	if err == nil || err.Error() != want {
+		t.Errorf("got error %v, want %s", err, want)
+	}
+	if took := time.Since(start); took > time.Second {
+		t.Errorf("it took %v", took)
+	}
+}
+
+// BenchmarkEtcd measures on an etcd that writes to disk, with one caller.
+func BenchmarkEtcd(b *testing.B) {
+	endpoint := startEtcd(b, b.TempDir())
+	store := connect(b, endpoint)
+	defer func() { _ = store.Close() }()
+	m := ownership.New(store, ownership.Node{ID: "a", Host: "host", Boot: "boot"}, ownership.Config{})
+	ctx, cancel := context.WithCancel(b.Context())
+	done := make(chan error, 1)
+	go func() { done <- m.Run(ctx) }()
+	defer func() {
+		cancel()
+		<-done
+	}()
+	if err := m.Registered(ctx); err != nil {
+		b.Fatal(err)
+	}
+	measure := func(b *testing.B, call func() error) {
+		b.Helper()
+		var took []time.Duration
+		for b.Loop() {
+			start := time.Now()
+			if err := call(); err != nil {
+				b.Fatal(err)
+			}
+			took = append(took, time.Since(start))
+		}
+		slices.Sort(took)
+		b.ReportMetric(float64(took[len(took)/2].Microseconds())/1000, "p50-ms")
+		b.ReportMetric(float64(took[len(took)*99/100].Microseconds())/1000, "p99-ms")
+	}
+	count := 0
+	var v ownership.Volume
+	create := func() error {
+		var err error
+		count++
+		v, _, err = m.Create(ctx, ownership.Volume{ID: uuid.NewString(), Name: fmt.Sprint("volume", count), Backend: "loopback", Size: 1 << 30, FS: "ext4"})
+		if err != nil {
+			return err
+		}
+		v.Ref = v.ID
+		v, err = m.Ready(ctx, v)
+		return err
+	}
+	if err := create(); err != nil {
+		b.Fatal(err)
+	}
+	b.Run("ClaimRelease", func(b *testing.B) {
+		measure(b, func() error {
+			o, _, err := m.Claim(ctx, v.ID)
+			if err != nil {
+				return err
+			}
+			return m.Release(ctx, v.ID, o.Token)
+		})
+	})
+	b.Run("Lookup", func(b *testing.B) {
+		measure(b, func() error { _, err := m.Lookup(ctx, "volume1"); return err })
+	})
+	b.Run("CreateReady", func(b *testing.B) { measure(b, create) })
+	for count < 1000 {
+		if err := create(); err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.Run("List", func(b *testing.B) {
+		measure(b, func() error { _, err := m.List(ctx); return err })
+		b.ReportMetric(float64(count), "volumes")
 	})
 }

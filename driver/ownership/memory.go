@@ -204,26 +204,49 @@ func (m *Memory) check(p *plan) error {
 	return nil
 }
 
-// distinct refuses what etcd refuses: two writes of one key on one path.
-func distinct(ops []Op, seen map[string]bool) error {
+// distinct refuses what etcd refuses: writing a key twice on one path. Deleting it
+// twice is fine.
+func distinct(ops []Op) (puts, dels map[string]bool, err error) {
+	puts, dels = map[string]bool{}, map[string]bool{}
 	for _, op := range ops {
-		switch op.Kind {
-		case OpPut, OpDelete:
-			if seen[op.Key] {
-				return fmt.Errorf("duplicate key given in txn request: %s", op.Key)
-			}
-			seen[op.Key] = true
-		case OpTxn:
-			for _, branch := range [][]Op{op.Txn.Then, op.Txn.Else} {
-				if err := distinct(branch, maps.Clone(seen)); err != nil {
-					return err
-				}
-			}
-		case OpGet:
+		if op.Kind == OpDelete {
+			dels[op.Key] = true
 		}
 	}
-	return nil
+	for _, op := range ops {
+		if op.Kind != OpTxn {
+			continue
+		}
+		newPuts, newDels := map[string]bool{}, map[string]bool{}
+		for _, branch := range [][]Op{op.Txn.Then, op.Txn.Else} {
+			p, d, err := distinct(branch)
+			if err != nil {
+				return nil, nil, err
+			}
+			for key := range p {
+				if puts[key] || dels[key] {
+					return nil, nil, errDuplicate
+				}
+			}
+			maps.Copy(newPuts, p)
+			maps.Copy(newDels, d)
+		}
+		maps.Copy(puts, newPuts)
+		maps.Copy(dels, newDels)
+	}
+	for _, op := range ops {
+		if op.Kind != OpPut {
+			continue
+		}
+		if puts[op.Key] || dels[op.Key] {
+			return nil, nil, errDuplicate
+		}
+		puts[op.Key] = true
+	}
+	return puts, dels, nil
 }
+
+var errDuplicate = errors.New("duplicate key given in txn request")
 
 // Txn is Store's.
 func (m *Memory) Txn(ctx context.Context, t Txn) (TxnResult, error) {
@@ -234,7 +257,7 @@ func (m *Memory) Txn(ctx context.Context, t Txn) (TxnResult, error) {
 		if len(branch) > 128 {
 			return TxnResult{}, errors.New("too many operations in txn request")
 		}
-		if err := distinct(branch, map[string]bool{}); err != nil {
+		if _, _, err := distinct(branch); err != nil {
 			return TxnResult{}, err
 		}
 	}
@@ -272,8 +295,8 @@ func (m *Memory) run(p *plan, revision *int64) TxnResult {
 			}
 			res.Results[i].KVs = m.read(op.Key, op.Prefix, at)
 		case OpPut:
+			old, _ := m.at(op.Key, *revision)
 			*revision = m.revision + 1
-			old, _ := m.at(op.Key, m.revision)
 			m.unlease(old)
 			kv := KV{
 				Key: op.Key, Value: slices.Clone(op.Value), Lease: op.Lease,
@@ -287,7 +310,7 @@ func (m *Memory) run(p *plan, revision *int64) TxnResult {
 			}
 			m.record(version{revision: *revision, kv: kv})
 		case OpDelete:
-			if old, ok := m.at(op.Key, m.revision); ok {
+			if old, ok := m.at(op.Key, *revision); ok {
 				*revision = m.revision + 1
 				m.unlease(old)
 				m.remove(op.Key, *revision)
