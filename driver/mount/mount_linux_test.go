@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -224,6 +225,29 @@ func TestLife(t *testing.T) {
 		r.unmount()
 		r.wantGone()
 	})
+}
+
+func TestManyVolumesAtATime(t *testing.T) {
+	var all sync.WaitGroup
+	for range 6 {
+		r := newRig(t, "ext4", 16*testMiB)
+		all.Go(func() {
+			steps := []func() error{
+				func() error { return r.s.Format(t.Context(), r.formatSpec()) },
+				func() error { _, err := r.s.Mount(t.Context(), r.spec(), mount.Owner{}); return err },
+				func() error { return os.WriteFile(r.data("f"), []byte(r.id), 0o600) },
+				func() error { return r.s.Unmount(t.Context(), r.target) },
+				func() error { return r.s.Close(t.Context(), r.dev) },
+			}
+			for i, step := range append(steps, steps[1:]...) {
+				if err := step(); err != nil {
+					t.Errorf("step %d: %v", i, err)
+					return
+				}
+			}
+		})
+	}
+	all.Wait()
 }
 
 func TestMountRefusesAnotherFilesystem(t *testing.T) {
