@@ -116,7 +116,7 @@ deps: ## install the Debian packages that are missing
 		dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$p"; done; \
 	[ -z "$$missing" ] && exit; \
 	[ $$(id -u) = 0 ] || { echo "missing Debian packages; as root: apt-get install$$missing" >&2; exit 1; }; \
-	export DEBIAN_FRONTEND=noninteractive; apt="timeout 900 apt-get -qq -o Acquire::Retries=3 -o DPkg::Lock::Timeout=120"; \
+	export DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1; apt="timeout 900 apt-get -qq -o Acquire::Retries=3 -o DPkg::Lock::Timeout=120"; \
 	$$apt update && $$apt install --no-install-recommends $$missing
 
 .PHONY: engine

@@ -167,7 +167,15 @@ func testHosts(t *testing.T, r *rig.Rig, engine rig.Engine) {
 // TestRigKilled kills a process that runs a rig, and sees the rig go with it.
 func TestRigKilled(t *testing.T) {
 	if os.Getenv("RIG_CHILD") != "" {
-		rig.New(t, rig.Config{Hosts: 1, Logf: func(string, ...any) {}}).Hosts[0].Run(t, "ps")
+		r := rig.New(t, rig.Config{Logf: func(string, ...any) {}})
+		if err := r.ImportImage(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.Hosts[0].InstallPlugin(t.Context(), nil); err != nil {
+			t.Fatal(err)
+		}
+		r.Hosts[0].Run(t, "volume", "create", "-d", "flocker", "-o", "size=32M", "data")
+		r.Hosts[0].Run(t, "run", "-d", "-v", "data:/data", "busybox", "sleep", "600")
 		fmt.Println("up")
 		time.Sleep(time.Minute)
 		return
@@ -187,8 +195,10 @@ func TestRigKilled(t *testing.T) {
 	if _, err := out.Read(up); err != nil || string(up) != "up\n" {
 		t.Fatalf("the child says %q, %v", up, err)
 	}
-	if got := difference(machineState(t), before); len(got) == 0 {
-		t.Fatal("no process of a running rig is seen")
+	for _, kind := range []string{"process", "loop", "rig", "cgroup"} {
+		if !slices.ContainsFunc(difference(machineState(t), before), func(s string) bool { return strings.HasPrefix(s, "+ "+kind+" ") }) {
+			t.Errorf("no %s of a running rig is seen", kind)
+		}
 	}
 	if err := child.Process.Kill(); err != nil {
 		t.Fatal(err)
@@ -199,7 +209,9 @@ func TestRigKilled(t *testing.T) {
 			return strings.HasPrefix(s, "process ") && !slices.Contains(before, s)
 		})
 	})
-	if err := rig.Sweep(t.Context()); err != nil {
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if err := rig.Sweep(ctx); err != nil {
 		t.Fatal(err)
 	}
 	if got, want := machineState(t), before; !slices.Equal(got, want) {
@@ -217,7 +229,7 @@ func machineState(t *testing.T) []string {
 		"mount":   `cut -d' ' -f5 /proc/self/mountinfo`,
 		"link":    `ip -o link | cut -d: -f2 | cut -d@ -f1`,
 		"netns":   `ls /run/netns`,
-		"loop":    `losetup -n -O BACK-FILE | grep /flocker/`,
+		"loop":    `cat /sys/block/loop*/loop/backing_file | grep ^/var/lib/flocker/`,
 		"cgroup":  `find /sys/fs/cgroup -type d -regextype posix-egrep -regex '.*/[0-9a-f]{64}'`,
 		"rig":     `ls -d /var/tmp/flocker-rig/rig*`,
 	} {

@@ -98,7 +98,7 @@ func (m *machine) boot(ctx context.Context) error {
 		return fmt.Errorf("boot %s: %w", m.name, err)
 	}
 	var stderr bytes.Buffer
-	cmd := exec.Command("unshare", "--fork", "--kill-child=SIGKILL", "--pid", "--mount-proc", "--mount", "--uts", "--net", "--ipc",
+	cmd := exec.CommandContext(context.WithoutCancel(ctx), "unshare", "--fork", "--kill-child=SIGKILL", "--pid", "--mount-proc", "--mount", "--uts", "--net", "--ipc",
 		"--propagation", "private", "--", "/bin/sh", "-euc", bootScript, "sh", m.name, m.dir, m.shared)
 	cmd.Dir = "/"
 	cmd.Stderr = &stderr
