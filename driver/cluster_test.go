@@ -108,7 +108,7 @@ func (n *node) startWith(registered context.Context, partitioned bool) {
 	cfg := driver.Config{
 		Node: id, Map: m, Mounter: n.mounter, Docker: n.docker, Log: log.WithField("node", n.name),
 		Backends: map[string]backends.Backend{"memory": n.c.storage.Node(id.ID)}, Backend: "memory",
-		StateDir: n.stateDir, MountRoot: "/mnt", DefaultSize: 1 << 30, DefaultFS: "ext4",
+		StateDir: n.stateDir, MountRoot: filepath.Join(n.stateDir, "mnt"), DefaultSize: 1 << 30, DefaultFS: "ext4",
 		Linger: 5 * time.Second, BusyWait: 30 * time.Second, Reconcile: 30 * time.Second,
 	}
 	if n.c.cfg != nil {

@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -109,6 +110,9 @@ func New(cfg Config) (*Driver, error) {
 	if _, ok := cfg.Backends[cfg.Backend]; !ok {
 		return nil, fmt.Errorf("unknown backend %q; valid: %s", cfg.Backend,
 			strings.Join(slices.Sorted(maps.Keys(cfg.Backends)), ", "))
+	}
+	if err := os.MkdirAll(cfg.MountRoot, 0o755); err != nil {
+		return nil, fmt.Errorf("make the mount root: %w", err)
 	}
 	j, err := openJournal(cfg.StateDir)
 	if err != nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -28,7 +29,7 @@ func TestMountGoesDownTheLineAndUnmountUp(t *testing.T) {
 		a := c.nodes["a"]
 		a.create("db", map[string]string{"size": "2G", "label.team": "blue", "uid": "999"})
 		path := a.mount("db", "id1")
-		if want := "/mnt/" + a.status("db")["id"].(string) + "/data"; path != want {
+		if want := filepath.Join(a.stateDir, "mnt", a.status("db")["id"].(string), "data"); path != want {
 			t.Errorf("mountpoint %s, want %s", path, want)
 		}
 		s := a.status("db")

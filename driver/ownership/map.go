@@ -77,7 +77,8 @@ type Map struct {
 	lines  int // audit lines written
 }
 
-// bucket is the lease of this hour's audit lines.
+// bucket is the lease of this hour's audit lines, or for a moment still of the
+// last one's.
 type bucket struct {
 	hour  string
 	lease int64
@@ -228,17 +229,15 @@ func (b *backoff) sleep(ctx context.Context) bool {
 // audit is the line that goes into the transaction of a change, or nothing while
 // there is no lease for it.
 func (m *Map) audit(line auditLine) []Op {
-	now := time.Now().UTC()
-	hour := now.Format("2006010215")
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.bucket.hour != hour {
+	if m.bucket.lease == 0 {
 		return nil
 	}
 	m.lines++
-	line.At, line.Node = now, m.me.ID
+	line.At, line.Node = time.Now().UTC(), m.me.ID
 	n := fmt.Sprintf("%.8s-%06d", m.me.Session, m.lines)
-	return []Op{putOn(m.bucket.lease, m.key("ev", hour, m.me.ID, n), encode(line))}
+	return []Op{putOn(m.bucket.lease, m.key("ev", m.bucket.hour, m.me.ID, n), encode(line))}
 }
 
 // dropBucket forgets the lease of the audit lines, and removes them from txn.
