@@ -96,7 +96,9 @@ func (s *server) serve(ctx context.Context, l net.Listener) error {
 	calls, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer cancel(nil)
 	h := &http.Server{
-		Handler:           s,
+		Handler: s,
+		// No ReadTimeout: it would also close idle connections, and one that closes
+		// when Docker is about to use it loses a call.
 		ReadHeaderTimeout: ioLimit,
 		ErrorLog:          stdlog.New(logWriter{s.log}, "", 0),
 		BaseContext:       func(net.Listener) context.Context { return calls },
@@ -420,6 +422,7 @@ func (s *server) logCall(c *call, start time.Time, err error) {
 // when the client goes away.
 func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	rc := http.NewResponseController(w)
+	// At the end of the body net/http takes it away again.
 	if err := rc.SetReadDeadline(time.Now().Add(ioLimit)); err != nil {
 		return nil, badRequest("read request body: %v", err)
 	}
@@ -431,9 +434,6 @@ func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 		return nil, &requestError{http.StatusRequestTimeout, fmt.Sprintf("request body did not come within %v", ioLimit)}
 	}
 	if err != nil {
-		return nil, badRequest("read request body: %v", err)
-	}
-	if err := rc.SetReadDeadline(time.Time{}); err != nil {
 		return nil, badRequest("read request body: %v", err)
 	}
 	return body, nil

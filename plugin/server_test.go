@@ -349,6 +349,56 @@ func TestRawHTTP(t *testing.T) {
 	}
 }
 
+func TestSlowBody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &fakeVerbs{}
+		r := newRig(t, f)
+		conn, err := r.l.dial(t.Context(), "", "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		go io.WriteString(conn, "POST /VolumeDriver.Path HTTP/1.1\r\nHost: x\r\nContent-Length: 13\r\n\r\n{\"Name\"") //nolint:errcheck // the answer tells
+		start := time.Now()
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if want := `{"Err":"request body did not come within 10s"}` + "\n"; err != nil || resp.StatusCode != 408 || string(body) != want || time.Since(start) != ioLimit {
+			t.Errorf("got %d %s, %v, after %v, want %s", resp.StatusCode, body, err, time.Since(start), want)
+		}
+		conn.Close()
+		r.stop()
+		if calls := f.seen(); calls != "" {
+			t.Errorf("driver saw %q", calls)
+		}
+	})
+}
+
+// Docker keeps a connection for hours, and a call on one that is just closing is
+// sent again without its body.
+func TestIdleConnectionStays(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, &fakeVerbs{})
+		dials := 0
+		r.client.Transport.(*http.Transport).DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+			dials++
+			return r.l.dial(ctx, network, address)
+		}
+		for range 3 {
+			if status, got := r.post(t, "/VolumeDriver.List", "{}"); status != 200 {
+				t.Errorf("got %d %s", status, got)
+			}
+			time.Sleep(24 * time.Hour)
+		}
+		if dials != 1 {
+			t.Errorf("got %d connections, want 1", dials)
+		}
+		r.stop()
+	})
+}
+
 // Docker takes every answer of Get that is not a volume for "there is none", and
 // forgets the volume. A cut connection it takes for "not known".
 func TestGetThatDoesNotKnow(t *testing.T) {
