@@ -431,6 +431,7 @@ func set(v reflect.Value, text string) error {
 			v.Set(reflect.ValueOf(list).Convert(v.Type()))
 			return nil
 		}
+	default:
 	}
 	panic(fmt.Sprintf("backends: no option can be a %s", v.Type()))
 }

@@ -125,7 +125,7 @@ func checksum(data []byte) string {
 func (e *env) deviceSize(att backends.Attachment) int64 {
 	e.Helper()
 	device := e.open(att, false)
-	defer device.Close() //nolint:errcheck // nothing was written
+	defer device.Close()
 	size, err := device.Size()
 	if err != nil {
 		e.Fatalf("size of %s: %v", att.Device, err)

@@ -80,7 +80,7 @@ func (l *Loopback) attachment(d device) backends.Attachment {
 // devices asks the kernel which loop devices have the volume, or any volume if
 // id is empty, whoever attached it. Devices whose file has another name are not
 // touched.
-func devices(id string) ([]device, error) {
+func devices(ctx context.Context, id string) ([]device, error) {
 	entries, err := os.ReadDir("/sys/block")
 	if err != nil {
 		return nil, unavailable(fmt.Errorf("find loop devices: %w", err))
@@ -99,7 +99,7 @@ func devices(id string) ([]device, error) {
 		if !uuids.MatchString(path) || !strings.Contains(path, id) {
 			continue
 		}
-		d, ok, err := probe(number, path)
+		d, ok, err := settled(ctx, number, path)
 		if err != nil {
 			return nil, unavailable(fmt.Errorf("find loop devices: %w", err))
 		}
@@ -122,6 +122,23 @@ func backing(number int) (path string, err error) {
 	return strings.TrimSuffix(string(text), "\n"), err
 }
 
+// settled is probe for a device that may just be losing its file: the kernel
+// does not let it be opened then, but has not let go of the file either.
+func settled(ctx context.Context, number int, path string) (device, bool, error) {
+	for pause := newBackoff(); ; {
+		d, ok, err := probe(number, path)
+		if !errors.Is(err, unix.ENXIO) || pause.elapsed() > settle {
+			return d, ok, err
+		}
+		if err := pause.wait(ctx); err != nil {
+			return device{}, false, err
+		}
+		if path, err = backing(number); err != nil || path == "" {
+			return device{}, false, err
+		}
+	}
+}
+
 // probe asks the kernel about one loop device; ok says that it has a volume. path
 // is its file's.
 func probe(number int, path string) (d device, ok bool, err error) {
@@ -129,7 +146,7 @@ func probe(number int, path string) (d device, ok bool, err error) {
 	if err != nil {
 		return device{}, false, err
 	}
-	defer f.Close() //nolint:errcheck // nothing was written
+	defer f.Close()
 	d = device{number: number, path: f.Name(), identity: uuids.FindString(filepath.Base(path))}
 	d.tag, d.info, err = status(f)
 	if errors.Is(err, unix.ENXIO) {
@@ -200,7 +217,7 @@ func (l *Loopback) attach(ctx context.Context, req backends.AttachRequest) (back
 		return backends.Attachment{}, l.missing(v, err)
 	}
 	// The loop device has the file open by then, and with it the lock.
-	defer f.Close() //nolint:errcheck // nothing was written
+	defer f.Close()
 	want := tag{node: nodeHash(l.cfg.Node), token: req.Token, volume: v.id}
 
 	for pause := newBackoff(); ; {
@@ -214,7 +231,7 @@ func (l *Loopback) attach(ctx context.Context, req backends.AttachRequest) (back
 		if !sameFile(f, v.data()) {
 			return backends.Attachment{}, fmt.Errorf("volume %s: %w", v.id, backends.ErrNotFound)
 		}
-		err = l.attached(v, f)
+		err = l.attached(ctx, v, f)
 		other, _ := errors.AsType[*attachedHere](err)
 		switch {
 		case other == nil && err != nil && !errors.Is(err, backends.ErrInUse):
@@ -251,8 +268,8 @@ func (e *attachedHere) Unwrap() error { return e.AttachedError }
 
 // attached says who has a volume attached whose lock is taken: a
 // *backends.AttachedError, unless the kernel could not be asked.
-func (l *Loopback) attached(v volume, f *os.File) error {
-	found, err := devices(v.id)
+func (l *Loopback) attached(ctx context.Context, v volume, f *os.File) error {
+	found, err := devices(ctx, v.id)
 	if err != nil {
 		return err
 	}
@@ -279,7 +296,7 @@ func keep(d device) (device, error) {
 	if err != nil {
 		return d, err
 	}
-	defer f.Close() //nolint:errcheck // nothing was written
+	defer f.Close()
 	t, info, err := status(f)
 	if err != nil {
 		return d, err
@@ -313,7 +330,7 @@ func (l *Loopback) configure(ctx context.Context, f *os.File, t tag, block int) 
 		return device{}, unavailable(fmt.Errorf("this host has no usable loop devices; "+
 			"load the loop module (modprobe loop) and let this process use /dev/loop*: %w", err))
 	}
-	defer control.Close() //nolint:errcheck // nothing was written
+	defer control.Close()
 	for try, pause := 0, newBackoff(); ; try++ {
 		d, err := l.tryFree(control, f, &config, t)
 		if err == nil {
@@ -338,7 +355,7 @@ func (l *Loopback) tryFree(control, f *os.File, config *unix.LoopConfig, t tag) 
 	if err != nil {
 		return device{}, err
 	}
-	defer dev.Close() //nolint:errcheck // nothing was written
+	defer dev.Close()
 	if err := unix.IoctlLoopConfigure(int(dev.Fd()), config); err != nil {
 		return device{}, &os.PathError{Op: "LOOP_CONFIGURE", Path: dev.Name(), Err: err}
 	}
@@ -424,7 +441,7 @@ func (l *Loopback) detach(ctx context.Context, att backends.Attachment) error {
 	}
 	want := tag{node: nodeHash(att.Node), token: att.Token, volume: id}
 	for pause := newBackoff(); ; {
-		d, ok, err := locate(want, att.Device)
+		d, ok, err := locate(ctx, want, att.Device)
 		if err != nil || !ok {
 			return err
 		}
@@ -442,7 +459,7 @@ func (l *Loopback) detach(ctx context.Context, att backends.Attachment) error {
 }
 
 // locate finds the device with a tag, looking first where it was.
-func locate(want tag, hint string) (device, bool, error) {
+func locate(ctx context.Context, want tag, hint string) (device, bool, error) {
 	if text, ok := strings.CutPrefix(hint, "/dev/loop"); ok {
 		if number, err := strconv.Atoi(text); err == nil {
 			path, errPath := backing(number)
@@ -452,7 +469,7 @@ func locate(want tag, hint string) (device, bool, error) {
 			}
 		}
 	}
-	found, err := devices(want.volume)
+	found, err := devices(ctx, want.volume)
 	if err != nil {
 		return device{}, false, err
 	}
@@ -471,7 +488,7 @@ func (l *Loopback) clear(ctx context.Context, d device, v volume) (err error) {
 	// may have been removed; the tag says whose the device is.
 	file, err := os.OpenFile(v.data(), os.O_RDWR, 0)
 	if err == nil {
-		defer file.Close() //nolint:errcheck // nothing was written
+		defer file.Close()
 		if !d.has(file) {
 			return unavailable(fmt.Errorf("%s is not attached to %s; somebody has replaced the file", v.data(), d.path))
 		}
@@ -510,8 +527,11 @@ func release(dev *os.File, t tag) error {
 	// With another opener the kernel only takes a note to do it after the last
 	// one has gone, whenever that is. Take it back: a volume that is in use stays
 	// attached.
-	if _, _, err := status(dev); err != nil {
+	switch _, _, err = status(dev); {
+	case errors.Is(err, unix.ENXIO):
 		return nil
+	case err != nil:
+		return unavailable(err)
 	}
 	if err := unclear(dev, info); err != nil {
 		return unavailable(fmt.Errorf("%s is open, and the kernel will detach it when it is closed: %w", dev.Name(), err))
@@ -538,23 +558,25 @@ func (l *Loopback) gone(ctx context.Context, d device, v volume, file *os.File) 
 			return err
 		}
 	}
-	if file == nil {
-		return nil
-	}
-	// The next node's Attach should not find the lock taken. A lock that stays is
-	// somebody else's by now.
-	for pause := newBackoff(); pause.elapsed() < settle; {
-		if err := lock(file, v.data()); !errors.Is(err, errRaced) {
-			return nil
-		}
-		if found, err := devices(v.id); err != nil || len(found) > 0 {
-			return nil
-		}
-		if err := pause.wait(ctx); err != nil {
-			return nil
-		}
+	if file != nil {
+		unlocked(ctx, v, file)
 	}
 	return nil
+}
+
+// unlocked waits until a file that is attached no more has no lock, which the
+// next node's Attach should not find taken. A lock that stays is somebody else's
+// by now.
+func unlocked(ctx context.Context, v volume, file *os.File) {
+	for pause := newBackoff(); pause.elapsed() < settle; {
+		if !errors.Is(lock(file, v.data()), errRaced) {
+			return
+		}
+		found, err := devices(ctx, v.id)
+		if err != nil || len(found) > 0 || pause.wait(ctx) != nil {
+			return
+		}
+	}
 }
 
 // Attachments implements backends.Backend. Those made from another directory are
@@ -563,7 +585,7 @@ func (l *Loopback) Attachments(ctx context.Context) ([]backends.Attachment, erro
 	if err := ctx.Err(); err != nil {
 		return nil, fmt.Errorf("list attachments: %w", err)
 	}
-	found, err := devices("")
+	found, err := devices(ctx, "")
 	if err != nil {
 		return nil, fmt.Errorf("list attachments: %w", err)
 	}
@@ -608,17 +630,17 @@ func (l *Loopback) resize(ctx context.Context, ref string, size int64) (int64, e
 	if err != nil {
 		return 0, l.missing(v, err)
 	}
-	defer f.Close() //nolint:errcheck // Sync has told
+	defer f.Close()
 	if size = roundUp(size); size > vol.Size {
-		if err := grow(ctx, f, vol.Size, size, meta.Preallocate); err != nil {
-			return 0, l.explain(err)
+		if err = grow(ctx, f, vol.Size, size, meta.Preallocate); err == nil {
+			err = f.Sync()
 		}
-		if err := f.Sync(); err != nil {
+		if err != nil {
 			return 0, l.explain(err)
 		}
 	}
 	size = max(size, vol.Size)
-	found, err := devices(v.id)
+	found, err := devices(ctx, v.id)
 	if err != nil {
 		return 0, err
 	}
@@ -639,7 +661,7 @@ func capacity(d device) error {
 	if err != nil {
 		return err
 	}
-	defer dev.Close() //nolint:errcheck // nothing was written
+	defer dev.Close()
 	if is, _, err := status(dev); err != nil || is != d.tag {
 		return err
 	}

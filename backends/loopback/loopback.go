@@ -422,7 +422,7 @@ func (l *Loopback) Delete(ctx context.Context, ref string) error {
 	if err != nil {
 		return fmt.Errorf("delete volume %s: %w", vol.Name, l.missing(v, err))
 	}
-	defer f.Close() //nolint:errcheck // nothing was written
+	defer f.Close()
 	for pause := newBackoff(); ; {
 		err := lock(f, v.data())
 		if err == nil {
@@ -432,7 +432,7 @@ func (l *Loopback) Delete(ctx context.Context, ref string) error {
 			if !sameFile(f, v.data()) {
 				return fmt.Errorf("delete volume %s: %w", v.id, backends.ErrNotFound)
 			}
-			err = l.attached(v, f)
+			err = l.attached(ctx, v, f)
 			// A lock without a device may be that of a call about to end.
 			_, here := errors.AsType[*attachedHere](err)
 			if errors.Is(err, backends.ErrInUse) && !here && pause.elapsed() < settle {

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
@@ -423,5 +424,33 @@ func TestSixteenCallers(t *testing.T) {
 	wg.Wait()
 	if names := f.files(t); !slices.Equal(names, []string{f.vol.ID}) {
 		t.Errorf("%q has been left", names)
+	}
+}
+
+// TestAttachRacesDelete lets a Delete finish after Attach has opened the file,
+// and before it gets the lock.
+func TestAttachRacesDelete(t *testing.T) {
+	f := newFixture(t)
+	identity, _, _ := strings.Cut(f.vol.Ref, "/")
+	dir := filepath.Join(f.dir, f.vol.ID)
+	for range 5 {
+		held, err := os.Open(filepath.Join(dir, identity+".img"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Flock(int(held.Fd()), unix.LOCK_EX); err != nil {
+			t.Fatal(err)
+		}
+		done := make(chan error)
+		go func() {
+			_, err := f.Attach(t.Context(), backends.AttachRequest{Ref: f.vol.Ref, Volume: f.vol.ID, Token: 1})
+			done <- err
+		}()
+		time.Sleep(20 * time.Millisecond)
+		err = errors.Join(os.Rename(dir, dir+".away"), held.Close())
+		f.wantError(t, <-done, backends.ErrNotFound, "attach volume: volume <volume>: not found")
+		if err := errors.Join(err, os.Rename(dir+".away", dir)); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
