@@ -40,8 +40,10 @@ type dataset struct {
 	// detaching says that a detach of att was begun and its outcome is unknown: it
 	// may still happen, so att must not be used before that is settled.
 	detaching bool
-	// attempts counts the failed tries to let go, for the back-off.
+	// attempts counts the failed tries to let go, and failed is when the last one
+	// was, for the back-off.
 	attempts int
+	failed   time.Time
 
 	users int         // calls that hold the dataset; guarded by Driver.mu
 	timer *time.Timer // the next try to let go; guarded by Driver.mu

@@ -38,7 +38,7 @@ func (e *Engine) Using(ctx context.Context, volume string) ([]Container, error) 
 	if err != nil {
 		return nil, fmt.Errorf("ask Docker on %s: %w", e.socket, err)
 	}
-	defer api.Close() //nolint:errcheck // it only closes idle connections
+	defer api.Close()
 
 	found, err := api.ContainerList(ctx, container.ListOptions{Filters: filters.NewArgs(
 		filters.Arg("volume", volume),

@@ -47,7 +47,7 @@ func TestUsing(t *testing.T) {
 					t.Errorf("status filter: got %v, want %s in it", filter["status"], state)
 				}
 			}
-			w.Write([]byte(`[{"Id":"` + id + `","Names":["/other/link","/web"],"State":"running"},` +
+			_, _ = w.Write([]byte(`[{"Id":"` + id + `","Names":["/other/link","/web"],"State":"running"},` +
 				`{"Id":"` + id + `","Names":null,"State":"paused"}]`))
 		default:
 			t.Errorf("unexpected request %s", r.URL.Path)

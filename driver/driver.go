@@ -310,7 +310,7 @@ func (d *Driver) removeOnce(ctx context.Context, name string) error {
 	if ds.lost != "" {
 		return fmt.Errorf("volume %s cannot be removed: %s", name, ds.lost)
 	}
-	if ds.refs.total() > 0 {
+	if ds.refs.total() > 0 && !d.doubtful(ds) {
 		return inUseHere(name, d.cfg.Node.Host, ds.snapshot.Load().containers)
 	}
 	ds.vol = view.Volume

@@ -844,6 +844,31 @@ func TestUnmountOfTheUnknown(t *testing.T) {
 	})
 }
 
+// After a crash of the plugin, what Docker does not tell is left alone, until
+// somebody wants the volume: the exclusive open then decides.
+func TestOldReferencesAreTriedOnDemandOnly(t *testing.T) {
+	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
+		a, b := c.nodes["a"], c.nodes["b"]
+		a.create("db", nil)
+		a.mount("db", "id1")
+		release := a.kernel.Hold(c.device("db"))
+		a.docker.setDown(true)
+		a.restart()
+		a.mounter.ResetCalls()
+		c.settle(10 * time.Minute)
+		for _, call := range a.mounter.Calls() {
+			if call.Name == mount.CallUnmount {
+				t.Errorf("took a volume down on a mere suspicion: %v", call)
+			}
+		}
+		wantError(t, a.Remove(t.Context(), "db"), "volume db is in use on host a")
+		_, err := b.Mount(t.Context(), "db", "id2")
+		wantError(t, err, "volume db is in use on host a")
+		release()
+		b.mount("db", "id2")
+	})
+}
+
 // Get, List and Path of all volumes answer while one Mount hangs in the storage.
 func TestNoGlobalLock(t *testing.T) {
 	inCluster(t, oneNode, nil, func(t *testing.T, c *cluster) {

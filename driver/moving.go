@@ -216,7 +216,7 @@ func (d *Driver) answer(ctx context.Context, vid string) {
 	}
 	log := d.log.WithField("volume", ds.vol.Name)
 
-	busy, containers := d.inUse(ctx, ds)
+	busy, _, containers := d.inUse(ctx, ds)
 	var err error
 	if !busy {
 		if err = d.letGo(ctx, ds); err == nil {
@@ -260,22 +260,27 @@ func (d *Driver) suspect(ds *dataset, err error) {
 
 // inUse says whether containers use a volume, and their names if Docker tells.
 // It is asked in the background only: Docker may be waiting for us otherwise. A
-// false answer means "try to close it": the exclusive open decides.
-func (d *Driver) inUse(ctx context.Context, ds *dataset) (busy bool, containers []string) {
+// false answer means "try to close it": the exclusive open decides. Then told says
+// whether Docker was asked, or the references are merely old.
+func (d *Driver) inUse(ctx context.Context, ds *dataset) (busy, told bool, containers []string) {
 	if ds.refs.total() == 0 {
-		return false, nil
+		return false, true, nil
 	}
-	names, known := d.askDocker(ctx, ds)
+	names, told := d.askDocker(ctx, ds)
 	switch {
 	case len(names) > 0:
-		return true, names
-	case time.Since(ds.refs.youngest()) < settle:
-		return true, nil
-	case known:
-		return false, nil // the Unmounts were lost
+		return true, told, names
+	case told:
+		return time.Since(ds.refs.youngest()) < settle, told, nil // else the Unmounts were lost
 	default:
-		return ds.refs.current(d.epoch.Load()), nil
+		return !d.doubtful(ds), told, nil
 	}
+}
+
+// doubtful says that every reference is of an earlier epoch and old: its Unmount
+// may have been lost with the process that was to hear of it.
+func (d *Driver) doubtful(ds *dataset) bool {
+	return !ds.refs.current(d.epoch.Load()) && time.Since(ds.refs.youngest()) >= settle
 }
 
 // askDocker returns the names of the containers that use a volume; known is false

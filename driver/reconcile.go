@@ -232,7 +232,10 @@ func (d *Driver) tidy(ctx context.Context, vid string) {
 		return
 	}
 	if ds.refs.total() > 0 {
-		if busy, _ := d.inUse(ctx, ds); busy {
+		// Trying costs whoever does use it a write-back, so not on a mere suspicion,
+		// and not often.
+		busy, told, _ := d.inUse(ctx, ds)
+		if busy || !told || time.Since(ds.failed) < backOff(ds.attempts, 5*time.Minute) {
 			return
 		}
 		log.Info("no container seems to use it any more; trying to close it")
@@ -256,8 +259,16 @@ func (d *Driver) tidy(ctx context.Context, vid string) {
 // retry schedules the next tidy, later each time.
 func (d *Driver) retry(ds *dataset) {
 	ds.attempts++
-	delay := time.Second << min(ds.attempts-1, 5)
-	d.schedule(ds, jitter(min(delay, d.cfg.Reconcile)))
+	ds.failed = time.Now()
+	d.schedule(ds, jitter(backOff(ds.attempts, d.cfg.Reconcile)))
+}
+
+// backOff is how long to wait after so many failures: a second, doubled each time.
+func backOff(attempts int, most time.Duration) time.Duration {
+	if attempts == 0 {
+		return 0
+	}
+	return min(time.Second<<min(attempts-1, 10), most)
 }
 
 // tidySoon schedules tidy for a volume nothing refers to: after the linger, or at
@@ -302,7 +313,7 @@ func (d *Driver) reconcile(ctx context.Context) {
 			d.recheck(ctx, ds.id)
 		}
 		for _, vid := range d.suspected() {
-			d.clear(ctx, vid)
+			d.giveBack(ctx, vid)
 		}
 	}
 }
@@ -318,8 +329,8 @@ func (d *Driver) suspected() []string {
 	return vids
 }
 
-// clear gives back a volume that became this node's by a claim nobody waits for.
-func (d *Driver) clear(ctx context.Context, vid string) {
+// giveBack frees a volume that became this node's by a claim nobody waits for.
+func (d *Driver) giveBack(ctx context.Context, vid string) {
 	ds, done := d.hold(vid)
 	defer done()
 	if ds.acquire(ctx) != nil {
