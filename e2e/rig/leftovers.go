@@ -55,28 +55,59 @@ func loops() ([]loop, error) {
 	return all, nil
 }
 
+// Loops returns the loop devices that the rig's hosts have attached, or that are
+// on files below the rig's directory.
+func (r *Rig) Loops() ([]string, error) {
+	mine, err := loopsBelow(r.Dir)
+	if err != nil {
+		return nil, err
+	}
+	attached, err := loops()
+	if err != nil {
+		return nil, err
+	}
+	var devices []string
+	for _, l := range attached {
+		if mine(l) {
+			devices = append(devices, l.device)
+		}
+	}
+	return devices, nil
+}
+
 // detachLoops detaches the loop devices of the hosts below dir: those they have
 // attached themselves, and those whose files are there.
 func detachLoops(ctx context.Context, dir string) error {
-	attached, err := loops()
-	if err != nil || len(attached) == 0 {
+	if attached, err := loops(); err != nil || len(attached) == 0 {
 		return err
 	}
-	prefixes, err := loopNames(filepath.Join(dir, "*"))
+	mine, err := loopsBelow(dir)
 	if err != nil {
 		return err
+	}
+	return detach(ctx, mine)
+}
+
+// loopsBelow says which loop devices belong to the hosts below dir.
+func loopsBelow(dir string) (func(loop) bool, error) {
+	prefixes, err := loopNames(filepath.Join(dir, "*"))
+	if err != nil {
+		return nil, err
 	}
 	files := make(map[fileID]bool)
 	for _, pattern := range []string{"shared", "*/lib/flocker"} {
 		roots, _ := filepath.Glob(filepath.Join(dir, pattern))
 		for _, root := range roots {
 			err := filepath.WalkDir(root, func(_ string, e fs.DirEntry, err error) error {
-				if err != nil || !e.Type().IsRegular() {
+				switch {
+				case errors.Is(err, fs.ErrNotExist):
+					return nil // just removed
+				case err != nil || !e.Type().IsRegular():
 					return err
 				}
 				info, err := e.Info()
 				if err != nil {
-					return err
+					return nil //nolint:nilerr // just removed
 				}
 				if st, ok := info.Sys().(*syscall.Stat_t); ok {
 					files[fileID{st.Dev, st.Ino}] = true
@@ -84,11 +115,11 @@ func detachLoops(ctx context.Context, dir string) error {
 				return nil
 			})
 			if err != nil {
-				return fmt.Errorf("find the rig's loop devices: %w", err)
+				return nil, fmt.Errorf("find the rig's loop devices: %w", err)
 			}
 		}
 	}
-	return detach(ctx, func(l loop) bool { return files[l.file] || prefixes.of(l) })
+	return func(l loop) bool { return files[l.file] || prefixes.of(l) }, nil
 }
 
 // names are what the loop devices' names of some hosts begin with.
