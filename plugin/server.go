@@ -35,9 +35,11 @@ const (
 	otherDeadline  = 50 * time.Second
 )
 
-// A managed plugin is killed ten seconds after SIGTERM. Reads end at once then,
-// changes get drainGrace to finish and as much as is left of drainLimit to undo.
+// A managed plugin is killed ten seconds after SIGTERM. Reads that are held end
+// after drainReads; changes get drainGrace to finish, and what is then left of
+// drainLimit to undo.
 const (
+	drainReads = 2 * time.Second
 	drainGrace = 6 * time.Second
 	drainLimit = 8 * time.Second
 )
@@ -110,7 +112,8 @@ func (s *server) serve(ctx context.Context, l net.Listener) error {
 		return fmt.Errorf("serve requests: %w", err)
 	case <-ctx.Done():
 	}
-	s.drain()
+	endReads := time.AfterFunc(drainReads, s.drain)
+	defer endReads.Stop()
 	giveUp := time.AfterFunc(drainGrace, func() { cancel(errStopping) })
 	defer giveUp.Stop()
 	end, stop := context.WithTimeout(context.WithoutCancel(ctx), drainLimit)
@@ -303,7 +306,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 	body, err := s.run(c, w, r)
 	if caller.Err() != nil && c.undo != nil {
-		err = fmt.Errorf("the caller has gone: %w", caller.Err())
+		err = fmt.Errorf("nobody waits for the answer: %w", context.Cause(caller))
 	}
 	if err != nil {
 		s.rollBack(caller, c, err)
@@ -321,7 +324,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // callContext ends when the caller goes away, when the time for the call is over,
-// and, for a call that changes nothing, when the server drains.
+// and, for a call that changes nothing, soon after the server began to drain.
 func (s *server) callContext(caller context.Context, e endpoint) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancelCause(caller)
 	stops := []func(){func() { cancel(nil) }}
