@@ -38,10 +38,11 @@ plugin: build ## the managed plugin, build/plugin; BASE=debian:12-slim makes it 
 ifdef BASE
 	rm -rf build/plugin && mkdir -p build/plugin/rootfs
 	docker build --build-arg BASE=$(BASE) --tag flocker-rootfs .
-	container=$$(docker create flocker-rootfs true) && \
-		docker export $$container | tar -x -C build/plugin/rootfs --exclude='dev/*' \
-			--exclude=.dockerenv --exclude=etc/hostname --exclude=etc/hosts --exclude=etc/mtab --exclude=etc/resolv.conf; \
-		docker rm $$container >/dev/null
+	set -e; container=$$(docker create flocker-rootfs true); \
+		docker export --output build/rootfs.tar $$container; docker rm $$container >/dev/null
+	tar -x -C build/plugin/rootfs --exclude='dev/*' --exclude=.dockerenv --exclude=etc/hostname \
+		--exclude=etc/hosts --exclude=etc/mtab --exclude=etc/resolv.conf -f build/rootfs.tar
+	rm build/rootfs.tar
 else
 	$(MAKE) --no-print-directory base
 	rm -rf build/plugin && mkdir -p build/plugin
@@ -73,6 +74,10 @@ uninstall: ## disable and remove the plugin; volumes and state stay in /var/lib/
 .PHONY: demo
 demo: deps plugin ## a volume follows its container between two Docker hosts on this machine
 	$(GO) run ./e2e/demo
+
+.PHONY: hosts
+hosts: deps plugin ## Docker hosts to try things out on; ARGS='-n 2 -engine 29' and the like
+	$(GO) run ./e2e/hosts $(ARGS)
 
 .PHONY: bench
 bench: deps plugin ## how fast it is, beside Docker's local driver and the bare system calls

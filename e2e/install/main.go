@@ -68,7 +68,7 @@ func install(ctx context.Context) (err error) {
 	}
 	if err := rig.InstallPlugin(ctx, dir, settings, docker); err != nil {
 		_, _ = docker(context.WithoutCancel(ctx), "plugin", "rm", rig.PluginName)
-		return err
+		return fmt.Errorf("%w (what the plugin itself said is in Docker's log: journalctl -u docker)", err)
 	}
 	fmt.Println("the plugin is enabled: docker volume create -d flocker NAME")
 	return nil
@@ -92,7 +92,7 @@ func uninstall(ctx context.Context) error {
 	if _, err := docker(ctx, "plugin", "disable", "--force", rig.PluginName); err != nil && !strings.Contains(err.Error(), "already disabled") {
 		return err
 	}
-	if _, err := docker(ctx, "plugin", "rm", rig.PluginName); err != nil {
+	if _, err := docker(ctx, "plugin", "rm", "--force", rig.PluginName); err != nil {
 		return err
 	}
 	fmt.Println("the plugin is removed; volumes and state are still in " + stateDir)
