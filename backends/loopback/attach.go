@@ -336,13 +336,18 @@ func (l *Loopback) configure(ctx context.Context, f *os.File, t tag, block int) 
 		if err == nil {
 			return d, nil
 		}
-		if !errors.Is(err, unix.EBUSY) || try >= attempts {
+		if !taken(err) || try >= attempts {
 			return device{}, unavailable(fmt.Errorf("set up a loop device: %w", err))
 		}
 		if err := pause.wait(ctx); err != nil {
 			return device{}, err
 		}
 	}
+}
+
+// taken says that another program has taken the device, or removed it.
+func taken(err error) bool {
+	return errors.Is(err, unix.EBUSY) || errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENOENT)
 }
 
 func (l *Loopback) tryFree(control, f *os.File, config *unix.LoopConfig, t tag) (d device, err error) {
