@@ -106,7 +106,7 @@ func prepare(ctx context.Context, spec FormatSpec, id uuid.UUID) (ready bool, er
 	switch {
 	case marked, sb != nil && sb.unfinished: // ours, interrupted
 	case sb != nil:
-		return true, dev.Sync()
+		return true, errors.Join(dev.Sync(), dev.release(ctx))
 	default:
 		if at := firstNonZero(head); at >= 0 {
 			return false, fmt.Errorf("%w: there is unknown data at byte %d, and no data is ever formatted over", ErrNotBlank, at)
@@ -124,7 +124,7 @@ func prepare(ctx context.Context, spec FormatSpec, id uuid.UUID) (ready bool, er
 	if err := dev.push(); err != nil {
 		return false, fmt.Errorf("mark: %w", err)
 	}
-	return false, nil
+	return false, dev.release(ctx) // for mkfs
 }
 
 // finish checks what mkfs made and takes the marks away.
@@ -159,7 +159,7 @@ func finish(ctx context.Context, spec FormatSpec, id uuid.UUID) error {
 	if err := dev.push(); err != nil {
 		return fmt.Errorf("remove mark: %w", err)
 	}
-	return nil
+	return dev.release(ctx) // for the mount
 }
 
 // push writes to the device what was written to its buffers, without the flush that

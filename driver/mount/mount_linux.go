@@ -114,7 +114,9 @@ func (s *System) repair(ctx context.Context, spec Spec, dev *blockDevice, sb *su
 	if err != nil {
 		return nil, nil, err
 	}
-	probe.Close()
+	if err = probe.release(ctx); err != nil {
+		return nil, nil, err
+	}
 	if err = s.at("check"); err != nil {
 		return nil, nil, err
 	}

@@ -954,3 +954,27 @@ func TestFormatErrors(t *testing.T) {
 		t.Errorf("options or label were not obeyed: %s", got)
 	}
 }
+
+// A process that is being started has a copy of every descriptor for a moment, also
+// of a device that Format has open exclusively.
+func TestFormatWhileProcessesStart(t *testing.T) {
+	needRoot(t)
+	ctx, stop := context.WithCancel(t.Context())
+	var others sync.WaitGroup
+	for range 8 {
+		others.Go(func() {
+			for ctx.Err() == nil {
+				_ = exec.CommandContext(ctx, "true").Run()
+			}
+		})
+	}
+	defer others.Wait()
+	defer stop()
+	for range 25 {
+		r := newRig(t, "ext4", 64*testMiB)
+		r.format()
+		r.mount()
+		r.unmount()
+		r.close()
+	}
+}

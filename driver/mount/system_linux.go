@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 	"unsafe"
 
@@ -79,6 +80,25 @@ func openExclusive(ctx context.Context, path string) (dev *blockDevice, err erro
 		return err
 	})
 	return dev, err
+}
+
+// release closes a device that was open exclusively, and returns when another
+// program can open it so: a process that another goroutine is just starting has a
+// copy of the descriptor until it executes its program. ErrBusy if somebody else
+// has the device.
+func (d *blockDevice) release(ctx context.Context) error {
+	if err := d.Close(); err != nil {
+		return err
+	}
+	return retryBusy(ctx, 300*time.Millisecond, func() error {
+		syscall.ForkLock.RLock() // no copies of this one
+		defer syscall.ForkLock.RUnlock()
+		probe, err := openDevice(d.Name(), os.O_RDWR|unix.O_EXCL)
+		if err != nil {
+			return err
+		}
+		return probe.Close()
+	})
 }
 
 // superblock reads what filesystem is on the device; nil if it knows none. Of the
