@@ -383,13 +383,20 @@ func BenchmarkEtcd(b *testing.B) {
 		measure(b, func() error { _, err := m.Lookup(ctx, "volume1"); return err })
 	})
 	b.Run("CreateReady", func(b *testing.B) { measure(b, create) })
-	for count < 1000 {
-		if err := create(); err != nil {
-			b.Fatal(err)
-		}
-	}
 	b.Run("List", func(b *testing.B) {
-		measure(b, func() error { _, err := m.List(ctx); return err })
-		b.ReportMetric(float64(count), "volumes")
+		listing := ownership.New(store, m.Node(), ownership.Config{Prefix: "/listing"})
+		for i := range 1000 {
+			v := ownership.Volume{ID: uuid.NewString(), Name: fmt.Sprint("volume", i), Backend: "loopback", Size: 1 << 30, FS: "ext4"}
+			if _, _, err := listing.Create(ctx, v); err != nil {
+				b.Fatal(err)
+			}
+		}
+		measure(b, func() error {
+			views, err := listing.List(ctx)
+			if len(views) != 1000 {
+				b.Errorf("%d volumes", len(views))
+			}
+			return err
+		})
 	})
 }

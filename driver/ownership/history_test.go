@@ -29,22 +29,22 @@ func TestHistory(t *testing.T) {
 		seed := rand.Uint64()
 		if !t.Run(fmt.Sprint(run), func(t *testing.T) {
 			mem := ownership.NewMemory()
-			real := newHistory(t, store, func(revision int64) {
+			etcd := newHistory(t, store, func(revision int64) {
 				if _, err := raw.Compact(t.Context(), revision); err != nil {
 					t.Fatal(err)
 				}
 			})
 			fake := newHistory(t, mem, mem.Compact)
 			// The prefix keeps the runs on one etcd apart.
-			real.prefix, fake.prefix = fmt.Sprintf("/%d/", run), fmt.Sprintf("/%d/", run)
-			real.random, fake.random = rand.New(rand.NewPCG(seed, 0)), rand.New(rand.NewPCG(seed, 0))
+			etcd.prefix, fake.prefix = fmt.Sprintf("/%d/", run), fmt.Sprintf("/%d/", run)
+			etcd.random, fake.random = rand.New(rand.NewPCG(seed, 0)), rand.New(rand.NewPCG(seed, 0))
 			for step := range 120 {
-				got, want := fake.step(), real.step()
+				got, want := fake.step(), etcd.step()
 				if got != want {
 					t.Fatalf("seed %d, step %d: memory\n%s\netcd\n%s", seed, step, got, want)
 				}
 			}
-			if got, want := fake.events(), real.events(); got != want {
+			if got, want := fake.events(), etcd.events(); got != want {
 				t.Fatalf("seed %d: memory has the history\n%s\netcd\n%s", seed, got, want)
 			}
 		}) {
@@ -168,7 +168,7 @@ func (h *history) ops(readOnly bool, depth int) []ownership.Op {
 				op.Revision = max(h.base, h.revision-int64(h.random.IntN(8))+1)
 			}
 		case n < 6:
-			op.Kind, op.Value = ownership.OpPut, []byte(fmt.Sprint(h.random.IntN(1000)))
+			op.Kind, op.Value = ownership.OpPut, fmt.Append(nil, h.random.IntN(1000))
 			if h.random.IntN(3) == 0 {
 				op.Lease = h.leases[h.random.IntN(len(h.leases))]
 			}

@@ -170,6 +170,7 @@ func (m *Map) register(ctx context.Context) error {
 		m.revoke(ctx, former.Lease)
 	}
 	m.refreshBucket(ctx)
+	m.volumes.Store(nil) // this may be another etcd, or another state of it
 	m.mu.Lock()
 	m.lease, m.until, m.why = lease, sent+ttl-m.margin(ttl), nil
 	m.mu.Unlock()

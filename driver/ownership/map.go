@@ -75,6 +75,10 @@ type Map struct {
 	why    error         // why it is not
 	bucket bucket
 	lines  int // audit lines written
+
+	// volumes are those of the last List, by key: decoding a thousand takes longer
+	// than reading them.
+	volumes atomic.Pointer[map[string]Volume]
 }
 
 // bucket is the lease of this hour's audit lines, or for a moment still of the

@@ -125,10 +125,9 @@ func (m *Memory) read(key string, prefix bool, at int64) []KV {
 }
 
 func (m *Memory) at(key string, revision int64) (KV, bool) {
-	versions := m.keys[key]
-	for i := len(versions) - 1; i >= 0; i-- {
-		if versions[i].revision <= revision {
-			return versions[i].kv, !versions[i].deleted
+	for _, v := range slices.Backward(m.keys[key]) {
+		if v.revision <= revision {
+			return v.kv, !v.deleted
 		}
 	}
 	return KV{}, false

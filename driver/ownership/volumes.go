@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -121,12 +122,7 @@ func (m *Map) List(ctx context.Context) ([]View, error) {
 		}
 	}
 	views := make([]View, 0, len(res.Results[0].KVs))
-	for _, kv := range res.Results[0].KVs {
-		v, err := decodeVolume(kv)
-		if err != nil {
-			m.broken(err)
-			continue
-		}
+	for _, v := range m.decodeVolumes(res.Results[0].KVs) {
 		if v.Phase == PhaseDeleting || broken[v.ID] {
 			continue
 		}
@@ -136,6 +132,33 @@ func (m *Map) List(ctx context.Context) ([]View, error) {
 	}
 	slices.SortFunc(views, func(a, b View) int { return cmp.Compare(a.Volume.Name, b.Volume.Name) })
 	return views, nil
+}
+
+// decodeVolumes decodes what has changed since the last List, and leaves out what
+// is broken.
+func (m *Map) decodeVolumes(kvs []KV) []Volume {
+	var known map[string]Volume
+	if p := m.volumes.Load(); p != nil {
+		known = *p
+	}
+	next := make(map[string]Volume, len(kvs))
+	volumes := make([]Volume, 0, len(kvs))
+	for _, kv := range kvs {
+		v, ok := known[kv.Key]
+		if !ok || v.Revision != kv.ModRevision {
+			var err error
+			if v, err = decodeVolume(kv); err != nil {
+				m.broken(err)
+				continue
+			}
+		}
+		next[kv.Key] = v
+		// The caller may change what it gets.
+		v.Options, v.Labels = maps.Clone(v.Options), maps.Clone(v.Labels)
+		volumes = append(volumes, v)
+	}
+	m.volumes.Store(&next)
+	return volumes
 }
 
 // Owned returns what this node owns, also what earlier processes of it left and
@@ -164,17 +187,9 @@ func (m *Map) Deleting(ctx context.Context) ([]Volume, error) {
 	if err != nil {
 		return nil, err
 	}
-	var volumes []Volume
-	for _, kv := range res.Results[0].KVs {
-		v, err := decodeVolume(kv)
-		switch {
-		case err != nil:
-			m.broken(err)
-		case v.Phase == PhaseDeleting:
-			volumes = append(volumes, v)
-		}
-	}
-	return volumes, nil
+	return slices.DeleteFunc(m.decodeVolumes(res.Results[0].KVs), func(v Volume) bool {
+		return v.Phase != PhaseDeleting
+	}), nil
 }
 
 func (m *Map) broken(err error) { m.log.WithError(err).Warn("etcd value skipped") }

@@ -221,13 +221,12 @@ func (r *rig) says(err error, want string) {
 }
 
 // held demands a HeldError about that owner.
-func (r *rig) held(err error, by string, live bool) *ownership.HeldError {
+func (r *rig) held(err error, by string, live bool) {
 	r.Helper()
 	held, ok := errors.AsType[*ownership.HeldError](err)
 	if !ok || held.Owner.Node != by || held.Live != live {
 		r.Fatalf("got error %v, want a HeldError with owner %s, live %v", err, by, live)
 	}
-	return held
 }
 
 // eventually waits for something that takes time, such as the end of a lease.
@@ -279,14 +278,14 @@ func (n *node) ask(o ownership.Owner, from *node) ownership.Request {
 	return ownership.Request{}
 }
 
-// once injects a fault into the next call of that name only.
-func (n *node) once(call string, fault ownership.Fault) {
+// once injects a fault into the next transaction only.
+func (n *node) once(fault ownership.Fault) {
 	var mu sync.Mutex
 	done := false
 	n.bad.Inject(func(name string) ownership.Fault {
 		mu.Lock()
 		defer mu.Unlock()
-		if done || name != call {
+		if done || name != "txn" {
 			return ownership.Fault{}
 		}
 		done = true

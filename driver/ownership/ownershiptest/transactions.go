@@ -94,17 +94,17 @@ func createTwentyNodes(r *rig) {
 func createAmbiguous(r *rig) {
 	n := r.node("a")
 	for name, fault := range ambiguous {
-		n.once("txn", fault)
+		n.once(fault)
 		v, created, err := n.Create(r.Context(), ownership.Volume{ID: uuid.NewString(), Name: name})
 		r.ok(err)
 		if !created {
 			r.Errorf("%s: not created", name)
 		}
-		n.once("txn", fault)
+		n.once(fault)
 		v.Ref = "x"
 		v, err = n.Ready(r.Context(), v)
 		r.ok(err)
-		n.once("txn", fault)
+		n.once(fault)
 		v.Labels = map[string]string{"a": "b"}
 		v, err = n.Update(r.Context(), v)
 		r.ok(err)
@@ -155,7 +155,7 @@ func update(r *rig) {
 	v := nodes[0].volume("v")
 	var won, lost int
 	var mu sync.Mutex
-	together(nodes, func(i int, n *node) {
+	together(nodes, func(_ int, n *node) {
 		mine := v
 		mine.Reason = n.Node().ID
 		_, err := n.Update(r.Context(), mine)
@@ -196,9 +196,9 @@ func claim(r *rig) {
 	}
 	r.ok(a.Check(r.Context(), v.ID, o.Token))
 	_, _, err = b.Claim(r.Context(), v.ID)
-	held := r.held(err, "a", true)
+	r.held(err, "a", true)
 	r.says(err, "volume v is owned by host host-a")
-	if held.Owner.Token != o.Token || held.Volume.Name != "v" {
+	if held, _ := errors.AsType[*ownership.HeldError](err); held.Owner.Token != o.Token || held.Volume.Name != "v" {
 		r.Errorf("held is %+v", held)
 	}
 	_, _, err = a.Claim(r.Context(), v.ID)
@@ -222,27 +222,29 @@ func claimPhases(r *rig) {
 	n := r.node("a")
 	v, _, err := n.Create(r.Context(), ownership.Volume{ID: uuid.NewString(), Name: "v"})
 	r.ok(err)
-	refused := func(want string) error {
+	refused := func(want string, class error) {
 		r.Helper()
 		_, _, err := n.Claim(r.Context(), v.ID)
 		r.says(err, want)
 		if _, ok := errors.AsType[*ownership.PhaseError](err); !ok {
 			r.Errorf("got %T, want a PhaseError", err)
 		}
+		if class != nil {
+			r.is(err, class)
+		}
 		r.ownedBy(v.ID, "", 0)
-		return err
 	}
-	refused("volume v is still being created")
+	refused("volume v is still being created", nil)
 	v.Phase, v.Reason = ownership.PhaseQuarantined, "two writers"
 	v, err = n.Update(r.Context(), v)
 	r.ok(err)
-	refused("volume v is quarantined: two writers")
+	refused("volume v is quarantined: two writers", nil)
 	v.Ref = "ref"
 	v, err = n.Ready(r.Context(), v)
 	r.ok(err)
 	v, err = n.Delete(r.Context(), v, 0)
 	r.ok(err)
-	r.is(refused("volume v is being deleted"), ownership.ErrNotFound)
+	refused("volume v is being deleted", ownership.ErrNotFound)
 	r.ok(n.Purge(r.Context(), v))
 	_, _, err = n.Claim(r.Context(), v.ID)
 	r.is(err, ownership.ErrNotFound)
@@ -286,7 +288,7 @@ func claimAmbiguous(r *rig) {
 	for name, fault := range ambiguous {
 		v := b.volume(name)
 		before := len(r.keys("ev", ""))
-		a.once("txn", fault)
+		a.once(fault)
 		o, got, err := a.Claim(r.Context(), v.ID)
 		r.ok(err)
 		r.ownedBy(v.ID, "a", o.Token)
@@ -296,12 +298,12 @@ func claimAmbiguous(r *rig) {
 		if lines := len(r.keys("ev", "")) - before; lines != 1 {
 			r.Errorf("%s: %d audit lines for one claim", name, lines)
 		}
-		a.once("txn", fault)
+		a.once(fault)
 		r.ok(a.Release(r.Context(), v.ID, o.Token))
 		r.ownedBy(v.ID, "", 0)
 
 		theirs := b.claim(v.ID)
-		a.once("txn", fault)
+		a.once(fault)
 		_, _, err = a.Claim(r.Context(), v.ID)
 		r.held(err, "b", true)
 		r.ownedBy(v.ID, "b", theirs.Token)
@@ -391,7 +393,7 @@ func retake(r *rig) {
 	v := a.volume("v")
 	o := a.claim(v.ID)
 	for name, fault := range ambiguous {
-		a.once("txn", fault)
+		a.once(fault)
 		next, got, err := a.Retake(r.Context(), o)
 		r.ok(err)
 		if next.Token <= o.Token || next.Node != "a" || got.ID != v.ID {
@@ -544,7 +546,7 @@ func handOverWithdrawn(r *rig) {
 		o := a.claim(v.ID)
 		req := b.ask(o, a)
 		r.ok(b.Withdraw(r.Context(), o))
-		a.once("txn", fault)
+		a.once(fault)
 		handed, err := a.HandOver(r.Context(), v.ID, o.Token, req)
 		r.ok(err)
 		if handed {
@@ -560,7 +562,7 @@ func handOverAmbiguous(r *rig) {
 		v := a.volume(name)
 		o := a.claim(v.ID)
 		req := b.ask(o, a)
-		a.once("txn", fault)
+		a.once(fault)
 		handed, err := a.HandOver(r.Context(), v.ID, o.Token, req)
 		r.ok(err)
 		if !handed {
@@ -637,7 +639,7 @@ func formatted(r *rig) {
 		labelled.Labels = map[string]string{"by": "b"}
 		labelled, err := b.Update(r.Context(), labelled)
 		r.ok(err)
-		a.once("txn", fault)
+		a.once(fault)
 		got, err := a.Formatted(r.Context(), v.ID, o.Token, v)
 		r.ok(err)
 		if !got.Formatted || got.Labels["by"] != "b" || got.Revision <= labelled.Revision {
@@ -737,11 +739,11 @@ func deleteAmbiguous(r *rig) {
 			if owned {
 				token = a.claim(v.ID).Token
 			}
-			a.once("txn", fault)
+			a.once(fault)
 			tombstone, err := a.Delete(r.Context(), v, token)
 			r.ok(err)
 			r.ownedBy(v.ID, "", 0)
-			a.once("txn", fault)
+			a.once(fault)
 			r.ok(a.Purge(r.Context(), tombstone))
 		}
 	}
@@ -826,6 +828,18 @@ func views(r *rig) {
 	r.ok(err)
 	if len(owned) != 1 || owned[0].Volume != z.ID || owned[0].Token != zo.Token {
 		r.Errorf("owned is %+v", owned)
+	}
+	// What List returns is the caller's; what others change, it shows.
+	c.Labels = map[string]string{"by": "b"}
+	c, err = b.Update(r.Context(), c)
+	r.ok(err)
+	for range 2 {
+		list, err = a.List(r.Context())
+		r.ok(err)
+		if got := list[0].Volume; got.Labels["by"] != "b" || got.Revision != c.Revision {
+			r.Errorf("listed as %+v, want the labels and revision of %+v", got, c)
+		}
+		list[0].Volume.Labels["by"] = "me"
 	}
 	_, err = a.View(r.Context(), uuid.NewString())
 	r.is(err, ownership.ErrNotFound)
