@@ -120,6 +120,7 @@ func New(cfg Config) (*Driver, error) {
 	}
 	epoch, err := j.nextEpoch()
 	if err != nil {
+		j.close()
 		return nil, err
 	}
 	ctx, stop := context.WithCancel(context.Background())
@@ -150,6 +151,7 @@ func (d *Driver) Run(ctx context.Context) error {
 	d.mu.Unlock()
 	d.work.Wait()
 	d.saveKnown()
+	d.journal.close()
 	return context.Cause(ctx)
 }
 

@@ -830,6 +830,18 @@ func TestDamagedJournal(t *testing.T) {
 	})
 }
 
+// Two processes with one identity would take each other's volumes for their own.
+func TestOneProcessForAStateDirectory(t *testing.T) {
+	inCluster(t, oneNode, nil, func(t *testing.T, c *cluster) {
+		a := c.nodes["a"]
+		_, err := driver.New(driver.Config{
+			Backends: map[string]backends.Backend{"memory": c.storage.Node(a.id.ID)}, Backend: "memory",
+			StateDir: a.stateDir, MountRoot: t.TempDir(),
+		})
+		wantError(t, err, "another Flocker process on this host uses the state directory", "FLOCKER_STATE_DIR")
+	})
+}
+
 func TestUnmountOfTheUnknown(t *testing.T) {
 	inCluster(t, oneNode, nil, func(t *testing.T, c *cluster) {
 		a := c.nodes["a"]

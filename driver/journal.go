@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/google/uuid"
@@ -29,7 +30,8 @@ import (
 //	known.json         the last seen definition of every volume, to answer Docker
 //	                   when etcd is away
 type journal struct {
-	dir string
+	dir  string
+	lock *os.File
 
 	mu sync.Mutex // serialises known.json and epoch; records have their dataset's lock
 }
@@ -56,8 +58,20 @@ func openJournal(dir string) (*journal, error) {
 	if err := os.MkdirAll(filepath.Join(dir, "volumes"), 0o700); err != nil {
 		return nil, fmt.Errorf("open state directory: %w", err)
 	}
-	return &journal{dir: dir}, nil
+	// Two processes with one identity would each take the other's volumes for its
+	// own. The kernel frees the lock however a process ends.
+	lock, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("open state directory: %w", err)
+	}
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		_ = lock.Close()
+		return nil, fmt.Errorf("another Flocker process on this host uses the state directory %s: stop it, or set FLOCKER_STATE_DIR to another one: %w", dir, err)
+	}
+	return &journal{dir: dir, lock: lock}, nil
 }
+
+func (j *journal) close() { _ = j.lock.Close() }
 
 func (j *journal) path(vid string) string {
 	return filepath.Join(j.dir, "volumes", vid+".json")
