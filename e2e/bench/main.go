@@ -1,0 +1,195 @@
+// Command bench measures how fast Flocker is, beside the bare system calls that do
+// the same and beside Docker's built-in local driver, and prints a table in
+// Markdown. It needs root.
+//
+// Everything that is compared is done by turns in one run, so that what else the
+// machine does hits all alike. The numbers of Flocker are those of the real binary
+// through its real socket, with the etcd inside.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/flocker-plugin/flocker/driver/ownership"
+)
+
+func main() {
+	var o options
+	flag.BoolVar(&o.quick, "quick", false, "fewer repetitions: under 40 seconds instead of under 4 minutes")
+	flag.BoolVar(&o.strict, "strict", false, "end with 1 if a target is missed")
+	flag.StringVar(&o.dir, "dir", "/var/tmp", "`directory` to work below; its disk is what is measured")
+	flag.StringVar(&o.plugin, "plugin", "", "the plugin's `binary`; built from this source if not given")
+	write := flag.String("write", "", "Markdown `file` whose part between <!-- bench --> and <!-- end of bench --> is replaced")
+	flag.Parse()
+
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	r, err := bench(ctx, o)
+	stop()
+	if err == nil {
+		fmt.Print(r.markdown())
+		if *write != "" {
+			err = replace(*write, r.markdown())
+		}
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+	if missed := r.missed(); o.strict && missed > 0 {
+		fmt.Fprintf(os.Stderr, "bench: %d targets are missed\n", missed)
+		os.Exit(1)
+	}
+}
+
+type options struct {
+	quick, strict bool
+	dir, plugin   string
+}
+
+// The whole run ends before these, and cleaning up comes on top.
+const (
+	fullLimit    = 220 * time.Second
+	quickLimit   = 35 * time.Second
+	cleanupLimit = 20 * time.Second
+)
+
+// run is one run of the benchmark.
+type run struct {
+	options
+
+	area  *area // where it works
+	times samples
+	// Volumes and files are numbered.
+	count int
+	// local is Docker's local driver, nil where it could not be built.
+	local *local
+
+	store *ownership.Etcd
+	rates rates
+
+	report report
+}
+
+// bench makes one run and cleans up behind it.
+func bench(ctx context.Context, o options) (_ *report, err error) {
+	if os.Geteuid() != 0 {
+		return nil, errors.New("root is needed to mount")
+	}
+	limit := fullLimit
+	if o.quick {
+		limit = quickLimit
+	}
+	r := &run{options: o, rates: rates{}}
+	if r.area, err = newArea(ctx, o.dir); err != nil {
+		return nil, err
+	}
+	defer func() {
+		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupLimit)
+		defer cancel()
+		if failed := r.area.remove(clean); failed != nil {
+			err = errors.Join(err, fmt.Errorf("clean up: %w", failed))
+		}
+	}()
+	if r.plugin == "" {
+		if r.plugin, err = buildPlugin(ctx, r.area.dir); err != nil {
+			return nil, err
+		}
+	}
+	if r.local, err = startLocal(ctx, r.area); err != nil {
+		r.report.note("Docker's local driver is left out: %v.", err)
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("not done after %v", limit))
+	defer cancel()
+	if err := r.measure(ctx); err != nil {
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		return nil, err
+	}
+	return &r.report, nil
+}
+
+// measure does all of it.
+func (r *run) measure(ctx context.Context) error {
+	etcd, err := freeAddress(ctx)
+	if err != nil {
+		return err
+	}
+	a, err := r.area.start(ctx, r.plugin, "a", "FLOCKER_ETCD_LISTEN="+etcd)
+	if err != nil {
+		return err
+	}
+	if r.store, err = ownership.NewEtcd(ownership.EtcdConfig{Endpoints: []string{etcd}}); err != nil {
+		return err
+	}
+	defer r.store.Close() //nolint:errcheck // nothing is lost
+	for _, part := range []struct {
+		what string
+		do   func(context.Context, *host) error
+	}{{"one caller", r.one}, {"many callers", r.sixteen}, {"writing", r.throughput}} {
+		progress(part.what)
+		if err := part.do(ctx, a); err != nil {
+			return fmt.Errorf("%s: %w%s", part.what, err, a.lastWords())
+		}
+	}
+	b, err := r.area.start(ctx, r.plugin, "b", "FLOCKER_ETCD_ENDPOINTS="+etcd)
+	if err != nil {
+		return err
+	}
+	progress("two hosts")
+	if err := errors.Join(r.memory(ctx, b), r.move(ctx, a, b)); err != nil {
+		return fmt.Errorf("two hosts: %w%s%s", err, a.lastWords(), b.lastWords())
+	}
+	r.report.machine = machine(r.area.dir)
+	r.tabulate()
+	return nil
+}
+
+func progress(what string) {
+	fmt.Fprintf(os.Stderr, "%s measuring: %s\n", time.Now().Format(time.TimeOnly), what)
+}
+
+// turns calls f until it was called n times, but no longer than limit: a slow
+// machine measures less often. It is called thrice at least.
+func (r *run) turns(ctx context.Context, n int, limit time.Duration, f func(turn int) error) error {
+	if r.quick {
+		n, limit = max(n/5, 3), limit/6
+	}
+	end := time.Now().Add(limit)
+	for turn := range n {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if turn >= 3 && time.Now().After(end) {
+			break
+		}
+		if err := f(turn); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// byTurns calls both, the first one first in every other turn.
+func byTurns(turn int, ours, other func() error) error {
+	if turn%2 == 1 {
+		ours, other = other, ours
+	}
+	if err := ours(); err != nil {
+		return err
+	}
+	return other()
+}
+
+// next returns a new name.
+func (r *run) next() string {
+	r.count++
+	return fmt.Sprintf("bench%05d", r.count)
+}
