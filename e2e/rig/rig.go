@@ -72,11 +72,13 @@ type Rig struct {
 	// Shared is what every host sees as /var/lib/flocker/loopback.
 	Shared string
 
-	cfg    Config
-	lock   *os.File
-	sw     *machine // holds the bridge and the etcd members
-	etcd   []*process
-	plugin pluginDir
+	cfg  Config
+	lock *os.File
+	sw   *machine // holds the bridge and the etcd members
+	etcd []*process
+	// etcdProgram is the member's executable.
+	etcdProgram string
+	plugin      pluginDir
 }
 
 // stateRoot is where the rigs of this machine are. It must not be on a tmpfs or
@@ -242,8 +244,10 @@ func (r *Rig) startSwitch(ctx context.Context) error {
 	if err := r.sw.boot(ctx); err != nil {
 		return err
 	}
+	// Without an address of its own the bridge has one of its ports', and another
+	// when that host is switched off: the others would not find etcd for a while.
 	_, err := r.sw.exec(ctx, "sh", "-euc", `
-		ip link add br0 type bridge
+		ip link add br0 address 02:00:00:00:00:01 type bridge
 		ip addr add $0/24 dev br0
 		ip link set br0 up
 		iptables -P FORWARD ACCEPT
