@@ -299,7 +299,8 @@ func (d *Driver) Remove(ctx context.Context, name string) error {
 }
 
 func (d *Driver) removeOnce(ctx context.Context, name string) error {
-	view, err := d.cfg.Map.Lookup(ctx, name)
+	known, _ := d.recall(name)
+	view, err := d.cfg.Map.LookupKnown(ctx, name, known.ID)
 	if err != nil {
 		return d.explain(name, err)
 	}

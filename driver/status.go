@@ -56,7 +56,8 @@ const lookupPatience = time.Second
 func (d *Driver) lookup(ctx context.Context, name string) (ownership.View, error) {
 	ctx, cancel := context.WithTimeout(ctx, lookupPatience)
 	defer cancel()
-	view, err := d.cfg.Map.Lookup(ctx, name)
+	vol, _ := d.recall(name)
+	view, err := d.cfg.Map.LookupKnown(ctx, name, vol.ID)
 	d.noteSilence(err)
 	return view, err
 }
