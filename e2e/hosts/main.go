@@ -70,10 +70,5 @@ func fill(ctx context.Context, r *rig.Rig) error {
 	if err != nil {
 		return err
 	}
-	for _, h := range r.Hosts {
-		if err := h.InstallPlugin(ctx, map[string]string{"FLOCKER_ETCD_ENDPOINTS": strings.Join(endpoints, ",")}); err != nil {
-			return err
-		}
-	}
-	return nil
+	return r.InstallPlugin(ctx, map[string]string{"FLOCKER_ETCD_ENDPOINTS": strings.Join(endpoints, ",")})
 }

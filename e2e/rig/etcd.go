@@ -20,8 +20,7 @@ const etcdMembers = 3
 // Etcd starts an etcd cluster of three members on the rig's network and returns
 // its endpoints, for the hosts. This process reaches them through Dial.
 func (r *Rig) Etcd(ctx context.Context) (endpoints []string, err error) {
-	program := filepath.Join(r.Dir, "etcd")
-	if err := buildEtcd(ctx, program); err != nil {
+	if r.etcdProgram, err = buildEtcd(ctx); err != nil {
 		return nil, err
 	}
 	r.etcd = make([]*process, etcdMembers)
@@ -42,18 +41,19 @@ func (r *Rig) Etcd(ctx context.Context) (endpoints []string, err error) {
 
 func etcdAddr(i int) string { return fmt.Sprintf(hostNet, etcdFirst+i) }
 
-// buildEtcd builds the etcd that this module's go.mod names. Go's cache makes the
-// second time quick.
-func buildEtcd(ctx context.Context, program string) error {
+// buildEtcd builds the etcd that this module's go.mod names. Go leaves it alone
+// where it is up to date.
+func buildEtcd(ctx context.Context) (program string, err error) {
 	root, err := sourceRoot()
 	if err != nil {
-		return err
+		return "", err
 	}
+	program = filepath.Join(root, "build", "rig-etcd")
 	cmd := exec.CommandContext(ctx, "go", "build", "-o", program, "./e2e/etcd")
 	cmd.Dir = root
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	_, err = output(cmd, "build etcd")
-	return err
+	return program, err
 }
 
 // StartEtcd starts member i (0 is the first) with the data it had, and waits
@@ -64,7 +64,7 @@ func (r *Rig) StartEtcd(ctx context.Context, i int) error {
 		cluster = append(cluster, fmt.Sprintf("etcd%d=http://%s:2380", m+1, etcdAddr(m)))
 	}
 	name := fmt.Sprintf("etcd%d", i+1)
-	p, err := r.sw.start(ctx, name, nil, filepath.Join(r.Dir, "etcd"),
+	p, err := r.sw.start(ctx, name, nil, r.etcdProgram,
 		"-name", name, "-dir", filepath.Join(r.Dir, "switch", name), "-addr", etcdAddr(i), "-cluster", strings.Join(cluster, ","))
 	if err != nil {
 		return err

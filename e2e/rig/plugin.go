@@ -55,6 +55,11 @@ func (h *Host) InstallPlugin(ctx context.Context, settings map[string]string) er
 	return InstallPlugin(ctx, p.path, settings, h.Docker)
 }
 
+// InstallPlugin does the same on every host at once.
+func (r *Rig) InstallPlugin(ctx context.Context, settings map[string]string) error {
+	return r.each(func(h *Host) error { return h.InstallPlugin(ctx, settings) })
+}
+
 // InstallPlugin creates, sets and enables the plugin in the directory dir on the
 // Docker that the function docker commands.
 func InstallPlugin(ctx context.Context, dir string, settings map[string]string, docker func(ctx context.Context, args ...string) (string, error)) error {
