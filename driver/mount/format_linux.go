@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"slices"
-	"sync"
 	"unsafe"
 
 	"github.com/google/uuid"
@@ -91,30 +90,17 @@ func prepare(ctx context.Context, spec FormatSpec, id uuid.UUID) (ready bool, er
 	if sb != nil && (sb.uuid != id || sb.fs != spec.FS) {
 		return false, fmt.Errorf("%w: there is %s on it, and no data is ever formatted over", ErrNotBlank, sb)
 	}
-	head, tail, err := dev.ends()
+	ours := mark(id)
+	marked, data, err := dev.ends(ours)
 	if err != nil {
 		return false, err
-	}
-	ours := mark(id)
-	marked := false
-	for _, b := range [][]byte{head[markAt:][:markLen], tail[len(tail)-markAt:][:markLen]} {
-		if bytes.Equal(b, ours) {
-			marked = true
-			clear(b)
-		}
 	}
 	switch {
 	case marked, sb != nil && sb.unfinished: // ours, interrupted
 	case sb != nil:
 		return true, errors.Join(dev.Sync(), dev.release(ctx))
-	default:
-		if at := firstNonZero(head); at >= 0 {
-			return false, fmt.Errorf("%w: there is unknown data at byte %d, and no data is ever formatted over", ErrNotBlank, at)
-		}
-		if at := firstNonZero(tail); at >= 0 {
-			return false, fmt.Errorf("%w: there is unknown data at byte %d, and no data is ever formatted over",
-				ErrNotBlank, dev.size-int64(len(tail))+int64(at))
-		}
+	case data >= 0:
+		return false, fmt.Errorf("%w: there is unknown data at byte %d, and no data is ever formatted over", ErrNotBlank, data)
 	}
 	for _, at := range []int64{markAt, dev.size - markAt} {
 		if _, err := dev.WriteAt(ours, at); err != nil {
@@ -171,27 +157,41 @@ func (d *blockDevice) push() error {
 	return unix.SyncFileRange(int(d.Fd()), 0, 0, all)
 }
 
-// ends reads the first and the last MiB. The device has at least two.
-func (d *blockDevice) ends() (head, tail []byte, err error) {
+// ends reads the first and the last MiB. marked says that mark is in one of them, and
+// data is where the first other byte is that is not zero, or -1. The device has at
+// least two MiB.
+func (d *blockDevice) ends(mark []byte) (marked bool, data int64, err error) {
 	if d.size < 2*mib {
-		return nil, nil, fmt.Errorf("%w size: a device of %d bytes is too small for a filesystem", ErrInvalid, d.size)
+		return false, -1, fmt.Errorf("%w size: a device of %d bytes is too small for a filesystem", ErrInvalid, d.size)
 	}
-	// Around the page cache it is one request each, and an error of the device is seen.
+	// Around the page cache, so that an error of the device is seen; in pieces, since
+	// the kernel takes longer to provide the memory than to read.
 	direct, err := os.OpenFile(d.Name(), os.O_RDONLY|unix.O_DIRECT|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, nil, err
+		return false, -1, err
 	}
 	defer direct.Close()
-	head, tail = aligned(mib), aligned(mib)
-	var headErr, tailErr error
-	var both sync.WaitGroup
-	both.Go(func() { _, headErr = direct.ReadAt(head, 0) })
-	both.Go(func() { _, tailErr = direct.ReadAt(tail, d.size-mib) })
-	both.Wait()
-	if err := errors.Join(headErr, tailErr); err != nil {
-		return nil, nil, fmt.Errorf("read first and last MiB: %w", err)
+	const piece = markAt / 2 // a mark is not cut
+	b := aligned(piece)
+	data = -1
+	for at := int64(0); at < d.size; at += piece {
+		if at == mib {
+			at = d.size - mib
+		}
+		if _, err := direct.ReadAt(b, at); err != nil {
+			return false, -1, fmt.Errorf("read first and last MiB: %w", err)
+		}
+		if at == markAt || at == d.size-markAt {
+			if bytes.Equal(b[:markLen], mark) {
+				marked = true
+				clear(b[:markLen])
+			}
+		}
+		if i := firstNonZero(b); i >= 0 && data < 0 {
+			data = at + int64(i)
+		}
 	}
-	return head, tail, nil
+	return marked, data, nil
 }
 
 // aligned returns n bytes that a direct read may be made into.
