@@ -29,6 +29,9 @@ type dataset struct {
 	doubt bool
 	// att is the attachment made under token; nil means not attached here.
 	att *backends.Attachment
+	// unseen says that what is attached and mounted here is not known, because the
+	// storage could not be asked: nothing may be concluded from att being nil.
+	unseen bool
 	// mounted says that the filesystem was mounted below the mount root; the mount
 	// table is asked before anybody is told so.
 	mounted bool

@@ -47,6 +47,9 @@ func (d *Driver) mount(ctx context.Context, ds *dataset, id string) (err error) 
 		}
 	}()
 
+	if err := d.look(ctx, ds); err != nil {
+		return err
+	}
 	up, err := d.isMounted(ds)
 	if err != nil {
 		return err
@@ -63,20 +66,26 @@ func (d *Driver) mount(ctx context.Context, ds *dataset, id string) (err error) 
 		if err := d.attach(ctx, ds, &undo); err != nil {
 			return err
 		}
-		if err := d.mountFilesystem(ctx, ds, &undo); err != nil {
-			return err
-		}
 	}
 
+	counted := ds.record(d.cfg.Node.Boot)
+	counted.Refs.add(id, d.epoch.Load(), time.Now())
+	saved := d.save(counted)
+	if !up {
+		if err := d.mountFilesystem(ctx, ds, &undo); err != nil {
+			// What was saved is a reference too many, and goes with the next save.
+			return errors.Join(err, saved())
+		}
+	}
 	kept, had := ds.refs[id]
-	ds.refs.add(id, d.epoch.Load(), time.Now())
+	ds.refs[id] = counted.Refs[id]
 	undo.push("forget the mount", func(context.Context) error {
 		if delete(ds.refs, id); had {
 			ds.refs[id] = kept
 		}
 		return d.journal.save(ds.record(d.cfg.Node.Boot))
 	})
-	if err := d.journal.save(ds.record(d.cfg.Node.Boot)); err != nil {
+	if err := saved(); err != nil {
 		return err
 	}
 	if ctx.Err() != nil {
@@ -111,7 +120,7 @@ func (d *Driver) own(ctx context.Context, ds *dataset, undo *undoStack) error {
 		}
 	}
 	if ds.token == 0 {
-		undo.push("release ownership", func(ctx context.Context) error { return d.release(ctx, ds) })
+		undo.push("release ownership", func(ctx context.Context) error { return d.letGo(ctx, ds) })
 		return d.claim(ctx, ds, "mount")
 	}
 	// Kept from before, lingering. While the lease is valid nobody can have taken
@@ -143,7 +152,7 @@ func (d *Driver) retake(ctx context.Context, ds *dataset) error {
 
 // disown notes that this node does not own the volume any more.
 func (d *Driver) disown(ds *dataset) {
-	ds.token, ds.verified, ds.doubt, ds.attempts = 0, false, false, 0
+	ds.token, ds.verified, ds.doubt, ds.unseen, ds.attempts = 0, false, false, false, 0
 	clear(ds.refs)
 	if err := d.journal.remove(ds.id); err != nil {
 		d.log.WithField("volume", ds.vol.Name).Warn(err)
@@ -243,6 +252,9 @@ func (d *Driver) letGo(ctx context.Context, ds *dataset) error {
 // somebody has, it mounts it again: a container still runs on it, of which Docker
 // told us the end or forgot to tell us the beginning.
 func (d *Driver) closeFilesystem(ctx context.Context, ds *dataset) error {
+	if err := d.look(ctx, ds); err != nil {
+		return err
+	}
 	if ds.att == nil || ds.closed {
 		return nil
 	}
@@ -313,6 +325,9 @@ func (d *Driver) detach(ctx context.Context, ds *dataset) error {
 func (d *Driver) release(ctx context.Context, ds *dataset) error {
 	if ds.token == 0 {
 		return nil
+	}
+	if ds.att != nil || ds.unseen {
+		return fmt.Errorf("release volume %s: it may still be attached here", ds.vol.Name)
 	}
 	var err error
 	handed := false

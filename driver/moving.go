@@ -211,14 +211,19 @@ func (d *Driver) answer(ctx context.Context, vid string) {
 	if len(waiting) == 0 {
 		return
 	}
-	if ds.lost != "" || ds.token == 0 && !d.adopt(ctx, ds) {
+	if ds.token == 0 {
+		d.adopt(ctx, ds)
+	}
+	if ds.token == 0 {
 		return
 	}
 	log := d.log.WithField("volume", ds.vol.Name)
 
 	busy, _, containers := d.inUse(ctx, ds)
 	var err error
-	if !busy {
+	if ds.lost != "" {
+		err = errors.New(ds.lost)
+	} else if !busy {
 		if err = d.letGo(ctx, ds); err == nil {
 			return
 		}
@@ -238,13 +243,15 @@ func (d *Driver) answer(ctx context.Context, vid string) {
 
 // adopt takes up an ownership this process knows nothing of: etcd names this node,
 // from a claim whose reply was lost or an earlier process.
-func (d *Driver) adopt(ctx context.Context, ds *dataset) bool {
+func (d *Driver) adopt(ctx context.Context, ds *dataset) {
 	view, err := d.cfg.Map.View(ctx, ds.id)
 	if err != nil || view.Owner == nil || view.Owner.Node != d.cfg.Node.ID {
-		return false
+		return
 	}
 	ds.vol, ds.token, ds.verified = view.Volume, view.Owner.Token, true
-	return d.findAttachment(ctx, ds) == nil
+	if err := d.findAttachment(ctx, ds); err != nil {
+		d.log.WithField("volume", ds.vol.Name).Warn(err)
+	}
 }
 
 // suspect remembers a volume whose claim had an unknown outcome: it may become

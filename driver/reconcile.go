@@ -3,6 +3,7 @@ package driver
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"slices"
 	"time"
@@ -48,22 +49,39 @@ func (d *Driver) restoreRecord(ctx context.Context, ds *dataset, r record) {
 	if r.Boot == d.cfg.Node.Boot && r.Refs != nil {
 		ds.refs = r.Refs
 	}
+	// Also one of an earlier boot: the storage may do it at any time.
+	ds.detaching = r.Detaching
 	if err := d.findAttachment(ctx, ds); err != nil {
 		d.log.WithField("volume", r.Name).Warn(err)
 	}
-	ds.detaching = r.Detaching && r.Boot == d.cfg.Node.Boot && ds.att != nil
+}
+
+// look makes sure that what there is of a volume on this node is known.
+func (d *Driver) look(ctx context.Context, ds *dataset) error {
+	if !ds.unseen {
+		return nil
+	}
+	if ds.vol.Backend == "" { // taken up while etcd was away
+		view, err := d.cfg.Map.View(ctx, ds.id)
+		if err != nil {
+			return d.explain(ds.vol.Name, err)
+		}
+		ds.vol = view.Volume
+	}
+	return d.findAttachment(ctx, ds)
 }
 
 // findAttachment asks the backend and the mount table what there is of a volume
 // under the token it is owned by.
 func (d *Driver) findAttachment(ctx context.Context, ds *dataset) error {
+	ds.unseen = true
 	backend, err := d.backend(ds.vol.Backend)
 	if err != nil {
 		return err
 	}
 	attachments, err := backend.Attachments(ctx)
 	if err != nil {
-		return err
+		return fmt.Errorf("list attachments: %w", err)
 	}
 	ds.att, ds.closed = nil, false
 	for _, att := range attachments {
@@ -78,6 +96,8 @@ func (d *Driver) findAttachment(ctx context.Context, ds *dataset) error {
 	ds.mounted = device != "" && ds.att != nil && device == ds.att.Device
 	// Without an attachment, whoever had the token may have begun to release it.
 	ds.doubt = ds.att == nil
+	ds.detaching = ds.detaching && ds.att != nil
+	ds.unseen = false
 	return nil
 }
 
@@ -109,8 +129,8 @@ func (d *Driver) confirm(ctx context.Context) error {
 			}
 		}
 	}
-	for vid, token := range tokens {
-		d.confirmVolume(ctx, vid, token)
+	for vid := range tokens {
+		d.confirmVolume(ctx, vid)
 	}
 	return nil
 }
@@ -125,7 +145,7 @@ func (d *Driver) dropForeign(ctx context.Context, backend backends.Backend, att 
 		return
 	}
 	defer ds.unlock()
-	if ds.att != nil && ds.att.Token == att.Token && ds.token == att.Token {
+	if ds.token == att.Token {
 		return // taken meanwhile, or to be confirmed as lost below
 	}
 	log := d.log.WithField("volume", att.Volume)
@@ -149,41 +169,39 @@ func (d *Driver) dropForeign(ctx context.Context, backend backends.Backend, att 
 	log.Infof("detached %s, left from token %d", att.Device, att.Token)
 }
 
-// confirmVolume settles one volume. token is what etcd says, 0 if this node does
-// not own it.
-func (d *Driver) confirmVolume(ctx context.Context, vid string, token int64) {
+// confirmVolume settles one volume, by what etcd says now that its lock is held.
+func (d *Driver) confirmVolume(ctx context.Context, vid string) {
 	ds, done := d.hold(vid)
 	defer done()
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
 	if ds.acquire(ctx) != nil {
 		return
 	}
 	defer ds.unlock()
-	log := d.log.WithField("volume", ds.vol.Name)
-	switch {
-	case ds.verified && (ds.token == token || d.cfg.Map.Check(ctx, vid, ds.token) == nil):
-		// Owned since, or all the time: the list is older than the lock.
-	case ds.token == token && token != 0:
-		ds.verified = true
-	case token != 0 && ds.token == 0:
-		if !d.adopt(ctx, ds) {
-			return
-		}
-	case token != 0:
-		log.Errorf("this host owns it under token %d, the journal says %d", token, ds.token)
-		d.lose(ctx, ds)
-		d.adopt(ctx, ds)
-	case ds.token != 0:
-		if err := d.cfg.Map.Check(ctx, vid, ds.token); !errors.Is(err, ownership.ErrLost) {
-			return
-		}
-		d.lose(ctx, ds)
+	view, err := d.cfg.Map.View(ctx, vid)
+	if err != nil && !errors.Is(err, ownership.ErrNotFound) {
+		return // tidy asks again before it does anything
 	}
-	if ds.token != 0 && ds.vol.Backend == "" {
-		if view, err := d.cfg.Map.View(ctx, vid); err == nil {
-			ds.vol = view.Volume
-			if err := d.findAttachment(ctx, ds); err != nil {
-				log.Warn(err)
-			}
+	token := int64(0)
+	if view.Owner != nil && view.Owner.Node == d.cfg.Node.ID {
+		token, ds.vol = view.Owner.Token, view.Volume
+	}
+	log := d.log.WithField("volume", ds.vol.Name)
+	if ds.token != 0 && ds.token != token {
+		log.Errorf("this host owned it under token %d, which is over; now it owns it under %d", ds.token, token)
+		if d.lose(ctx, ds); ds.lost != "" {
+			d.retry(ds)
+			return
+		}
+	}
+	if token != 0 && ds.token == 0 {
+		ds.token, ds.unseen = token, true
+	}
+	if token != 0 {
+		ds.verified = true
+		if err := d.look(ctx, ds); err != nil {
+			log.Warn(err)
 		}
 	}
 	d.tidySoon(ds)
@@ -337,7 +355,8 @@ func (d *Driver) giveBack(ctx context.Context, vid string) {
 		return
 	}
 	defer ds.unlock()
-	if ds.token == 0 && d.adopt(ctx, ds) {
+	if ds.token == 0 {
+		d.adopt(ctx, ds)
 		d.tidySoon(ds)
 	}
 }

@@ -1,0 +1,89 @@
+package driver_test
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/backends/backendtest"
+)
+
+// failing makes calls of one method of the storage fail, on one node.
+func (c *cluster) failing(n *node, method string) {
+	c.storage.SetFault(func(_ context.Context, call backendtest.Call) error {
+		return when(call.Node == n.id.ID && call.Method == method, errors.New("the storage does not answer"))
+	})
+}
+
+// A process that starts while the storage cannot be asked does not know what is
+// attached here. It must not take that for nothing: containers may run on it.
+func TestStorageThatDoesNotAnswerAtStartFreesNothing(t *testing.T) {
+	for name, prepare := range map[string]func(t *testing.T, a *node){
+		"old references":  func(_ *testing.T, a *node) { a.docker.setDown(true) },
+		"damaged journal": func(t *testing.T, a *node) { damageJournal(t, a.stateDir) },
+		"docker lists no container": func(_ *testing.T, a *node) {
+			a.docker.set("db")
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
+				a, b := c.nodes["a"], c.nodes["b"]
+				a.create("db", nil)
+				a.mount("db", "id1")
+				release := a.kernel.Hold(c.device("db"))
+				a.kill()
+				prepare(t, a)
+				c.failing(a, "Attachments")
+				a.start()
+				c.settle(5 * time.Second)
+				_, err := b.Mount(t.Context(), "db", "id2")
+				wantError(t, err, "in use on host a")
+				c.storage.SetFault(nil)
+				c.settle(2 * time.Minute)
+				_, err = b.Mount(t.Context(), "db", "id2")
+				wantError(t, err, "in use on host a")
+				wantError(t, b.Remove(t.Context(), "db"), "in use on host a")
+				release()
+				c.settle(time.Minute)
+				b.mount("db", "id2")
+				b.unmount("db", "id2")
+				c.settle(time.Minute)
+				c.wantNothingButBroken()
+			})
+		})
+	}
+}
+
+// A detach that was begun may happen long after the reboot of the host that asked
+// for it: it is finished before the volume is used again.
+func TestBegunDetachIsFinishedAfterAReboot(t *testing.T) {
+	inCluster(t, oneNode, nil, func(t *testing.T, c *cluster) {
+		c.storage = backendtest.NewMemory(memoryExclusive)
+		a := c.nodes["a"]
+		a.restart()
+		a.create("db", nil)
+		a.mount("db", "id1")
+		c.failing(a, "Detach")
+		a.unmount("db", "id1")
+		c.settle(6 * time.Second) // the linger is over
+		a.kill()
+		a.kernel.Reboot()
+		c.storage.Reboot(a.id.ID)
+		a.id.Boot = "boot-2"
+		detached := false
+		c.storage.SetFault(func(_ context.Context, call backendtest.Call) error {
+			detached = detached || call.Done && call.Method == "Detach"
+			return nil
+		})
+		c.settle(15 * time.Second) // the key of the last boot ends
+		a.start()
+		a.mount("db", "id2")
+		if !detached {
+			t.Error("the attachment was used while its detach may still happen")
+		}
+	})
+}
+
+var memoryExclusive = backends.Properties{Class: backends.ClassExclusive}
