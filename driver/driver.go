@@ -486,9 +486,12 @@ func (d *Driver) Unmount(ctx context.Context, name, id string) error {
 		return nil
 	}
 	ds.refs.drop(id)
-	if err := d.journal.save(ds.record(d.cfg.Node.Boot)); err != nil {
-		d.log.WithField("volume", name).Warn(err)
-	}
+	saved := d.save(ds.record(d.cfg.Node.Boot))
+	defer func() {
+		if err := saved(); err != nil {
+			d.log.WithField("volume", name).Warn(err)
+		}
+	}()
 	if ds.refs.total() > 0 {
 		return nil
 	}
@@ -504,6 +507,14 @@ func (d *Driver) Unmount(ctx context.Context, name, id string) error {
 	}
 	d.tidySoon(ds)
 	return nil
+}
+
+// save writes a record to the journal, during what the caller does until it asks how
+// that went. It must ask before the next save.
+func (d *Driver) save(r record) (saved func() error) {
+	done := make(chan error, 1)
+	go func() { done <- d.journal.save(r) }()
+	return func() error { return <-done }
 }
 
 // Path returns where a volume is mounted on this host, or "".
