@@ -11,6 +11,8 @@ import (
 type Fault struct {
 	// Latency passes before the call is delivered.
 	Latency time.Duration
+	// ReplyLatency passes between its delivery and the answer.
+	ReplyLatency time.Duration
 	// Refused: the call is not delivered and fails at once.
 	Refused bool
 	// Hang: the call is not delivered and fails when its context ends.
@@ -79,14 +81,8 @@ func deliver[T any](ctx context.Context, f *Faults, name string, call func(conte
 	if inject != nil {
 		fault = inject(name)
 	}
-	if fault.Latency > 0 {
-		t := time.NewTimer(fault.Latency)
-		defer t.Stop()
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			return none, ctx.Err()
-		}
+	if err := pass(ctx, fault.Latency); err != nil {
+		return none, err
 	}
 	switch {
 	case fault.Refused:
@@ -103,10 +99,28 @@ func deliver[T any](ctx context.Context, f *Faults, name string, call func(conte
 	if fault.Twice {
 		v, err = call(ctx)
 	}
+	if late := pass(ctx, fault.ReplyLatency); late != nil {
+		return none, late
+	}
 	if fault.DropReply {
 		return none, ErrInjected
 	}
 	return v, err
+}
+
+// pass waits, unless ctx ends before.
+func pass(ctx context.Context, d time.Duration) error {
+	if d == 0 {
+		return nil
+	}
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // Txn is Store's.

@@ -39,15 +39,15 @@ func start(t *testing.T, mem *ownership.Memory, id string) (*ownership.Map, *own
 // A node knows that it may count as dead before anybody else can think so,
 // whenever it is cut off and however slow its last renewal was.
 func TestLiveEndsBeforeTheLease(t *testing.T) {
-	for _, latency := range []time.Duration{0, 500 * time.Millisecond, 1900 * time.Millisecond} {
+	for _, latency := range []ownership.Fault{{}, {Latency: 500 * time.Millisecond}, {Latency: 1900 * time.Millisecond}, {ReplyLatency: 1900 * time.Millisecond}} {
 		for cut := time.Duration(0); cut < 3*time.Second; cut += 300 * time.Millisecond {
 			synctest.Test(t, func(t *testing.T) {
 				mem := ownership.NewMemory()
 				m, faults, _ := start(t, mem, "a")
-				faults.Inject(func(string) ownership.Fault { return ownership.Fault{Latency: latency} })
+				faults.Inject(func(string) ownership.Fault { return latency })
 				time.Sleep(20*time.Second + cut)
 				if err := m.Live(); err != nil {
-					t.Fatalf("latency %v: %v", latency, err)
+					t.Fatalf("%+v: %v", latency, err)
 				}
 				faults.Partition(true)
 				began := time.Now()
@@ -62,11 +62,11 @@ func TestLiveEndsBeforeTheLease(t *testing.T) {
 						gone = since
 					}
 					if since > time.Minute {
-						t.Fatalf("latency %v: not live after %v, key gone after %v", latency, notLive, gone)
+						t.Fatalf("%+v: not live after %v, key gone after %v", latency, notLive, gone)
 					}
 				}
 				if gone-notLive < time.Second {
-					t.Errorf("latency %v, cut off at %v: not live after %v, but the key was gone after %v", latency, cut, notLive, gone)
+					t.Errorf("%+v, cut off at %v: not live after %v, but the key was gone after %v", latency, cut, notLive, gone)
 				}
 				faults.Partition(false)
 				time.Sleep(5 * time.Second)

@@ -78,6 +78,7 @@ func Run(t *testing.T, cfg Config) {
 		{"DeleteOwned", deleteOwned},
 		{"DeleteAmbiguous", deleteAmbiguous},
 		{"DeleteClaimRace", deleteClaimRace},
+		{"DeleteClaimedMeanwhile", deleteClaimedMeanwhile},
 		{"DeleteSnapshots", deleteSnapshots},
 		{"Views", views},
 		{"Broken", broken},

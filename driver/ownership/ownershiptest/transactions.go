@@ -203,8 +203,12 @@ func claim(r *rig) {
 	}
 	_, _, err = a.Claim(r.Context(), v.ID)
 	r.held(err, "a", true)
+	lines := len(r.keys("ev", ""))
 	_, _, err = b.Claim(r.Context(), uuid.NewString())
 	r.is(err, ownership.ErrNotFound)
+	if got := len(r.keys("ev", "")); got != lines {
+		r.Error("a claim of no volume went on record")
+	}
 	_, _, err = b.Claim(r.Context(), "")
 	r.is(err, ownership.ErrNotFound)
 
@@ -335,6 +339,18 @@ func claimLate(r *rig) {
 }
 
 func claimWithoutLease(r *rig) {
+	b := r.node("b")
+	w := b.volume("w")
+	theirs := b.claim(w.ID)
+	// A lease is worth nothing without the key on it.
+	c := r.node("c")
+	c.stop()
+	r.txn(ownership.Txn{Then: []ownership.Op{{Kind: ownership.OpDelete, Key: r.key("live", "c")}}})
+	r.is(c.Request(r.Context(), theirs, "mount"), ownership.ErrUnavailable)
+	if got := r.keys("req", ""); len(got) != 0 {
+		r.Error("a node that is not registered could ask for a volume")
+	}
+
 	n := r.node("a")
 	v := n.volume("v")
 	n.stop()
@@ -697,6 +713,9 @@ func deletes(r *rig) {
 		r.Errorf("deleting a tombstone took the new volume's name: %v", err)
 	}
 	r.says(b.Purge(r.Context(), next), "it is not a tombstone")
+	older := tombstone
+	older.Revision--
+	r.is(b.Purge(r.Context(), older), ownership.ErrConflict)
 	r.ok(b.Purge(r.Context(), tombstone))
 	r.ok(b.Purge(r.Context(), tombstone))
 	_, err = b.Delete(r.Context(), v, 0)
@@ -779,6 +798,31 @@ func deleteClaimRace(r *rig) {
 		default:
 			r.Fatalf("claimed with %v, deleted with %v", claimed, deleted)
 		}
+	}
+}
+
+// The decision is in the transaction: what happens between Delete's read and its
+// write counts.
+func deleteClaimedMeanwhile(r *rig) {
+	a, b := r.node("a"), r.node("b")
+	v := a.volume("v")
+	var (
+		once sync.Once
+		o    ownership.Owner
+	)
+	b.bad.Inject(func(call string) ownership.Fault {
+		if call == "txn" {
+			once.Do(func() { o = a.claim(v.ID) })
+		}
+		return ownership.Fault{}
+	})
+	_, err := b.Delete(r.Context(), v, 0)
+	r.held(err, "a", true)
+	r.ownedBy(v.ID, "a", o.Token)
+	view, err := a.Lookup(r.Context(), "v")
+	r.ok(err)
+	if view.Volume.Phase != ownership.PhaseReady {
+		r.Errorf("an owned volume is %s", view.Volume.Phase)
 	}
 }
 
