@@ -66,7 +66,7 @@ func TestMountGoesDownTheLineAndUnmountUp(t *testing.T) {
 // A volume that is mounted needs nothing of etcd and the storage for one more
 // container.
 func TestRepeatedMountIsLocal(t *testing.T) {
-	inCluster(t, oneNode, nil, func(t *testing.T, c *cluster) {
+	inCluster(t, oneNode, nil, func(_ *testing.T, c *cluster) {
 		a := c.nodes["a"]
 		a.create("db", nil)
 		a.mount("db", "id1")
@@ -224,7 +224,7 @@ func TestCopyFromARunningContainer(t *testing.T) {
 
 // A killed dockerd sends no Unmount, and then Mounts with the old ID again.
 func TestOldMountIDAfterACrash(t *testing.T) {
-	inCluster(t, oneNode, nil, func(t *testing.T, c *cluster) {
+	inCluster(t, oneNode, nil, func(_ *testing.T, c *cluster) {
 		a := c.nodes["a"]
 		a.create("db", nil)
 		a.mount("db", "id1")
@@ -237,7 +237,7 @@ func TestOldMountIDAfterACrash(t *testing.T) {
 }
 
 func TestActivateBeginsANewEpoch(t *testing.T) {
-	inCluster(t, oneNode, nil, func(t *testing.T, c *cluster) {
+	inCluster(t, oneNode, nil, func(_ *testing.T, c *cluster) {
 		a := c.nodes["a"]
 		a.create("db", nil)
 		a.mount("db", "id1")
