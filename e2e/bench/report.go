@@ -145,7 +145,7 @@ func (r *run) tabulate() {
 		target:   "≤ 64 MiB", met: rss <= 64,
 	})
 	for _, step := range []string{"create", "mount", "unmount", "remove"} {
-		r.latency("Docker's local driver: "+step, "local "+step, nil)
+		r.latency("Docker's local driver, "+step+" (its code alone; no loop device, no socket)", "local "+step, nil)
 	}
 }
 

@@ -73,22 +73,26 @@ func (r *run) one(ctx context.Context, h *host) error {
 			func() error { return mine("mount, mounted", v.mount) },
 			func() error { return mine("unmount, still used", v.unmount) },
 			func() error { return v.each(ctx, v.unmount, v.free) },
-			func() error { return r.withLocal(ctx, b) },
+			func() error { return r.withLocal(b) },
 			func() error { return both("remove", v.remove, b.remove) },
 		))
 	})
 }
 
 // withLocal does with Docker's local driver what b has just done by hand.
-func (r *run) withLocal(ctx context.Context, b *bare) error {
+func (r *run) withLocal(b *bare) error {
 	if r.local == nil {
 		return nil
 	}
 	if err := b.attach(); err != nil {
 		return err
 	}
+	name := r.next()
 	for _, step := range []string{"create", "mount", "unmount", "remove"} {
-		took, err := r.local.do(ctx, step, r.next(), b.device)
+		if step == "unmount" {
+			time.Sleep(settling)
+		}
+		took, err := r.local.do(step, name, b.device)
 		if err != nil {
 			return err
 		}
