@@ -100,7 +100,7 @@ type Driver struct {
 	dirty     bool // known is newer than the journal's copy
 	waiting   map[string][]ownership.Request
 	suspects  map[string]time.Time // volumes whose claim had an unknown outcome
-	unlearned map[string]bool      // volumes whose containers are not known yet
+	unlearned map[string]int       // volumes whose containers are not known yet: how often to ask Docker
 	silent    time.Time            // when etcd last failed to answer a Get
 }
 
@@ -128,7 +128,7 @@ func New(cfg Config) (*Driver, error) {
 		cfg: cfg, log: cfg.Log, journal: j,
 		confirmed: make(chan struct{}), ctx: ctx, stop: stop,
 		datasets: map[string]*dataset{}, known: map[string]ownership.Volume{},
-		waiting: map[string][]ownership.Request{}, suspects: map[string]time.Time{}, unlearned: map[string]bool{},
+		waiting: map[string][]ownership.Request{}, suspects: map[string]time.Time{}, unlearned: map[string]int{},
 	}
 	d.epoch.Store(epoch)
 	d.restore(ctx)
@@ -406,15 +406,12 @@ func (d *Driver) Mount(ctx context.Context, name, id string) (string, error) {
 func (d *Driver) mountVolume(ctx context.Context, vol ownership.Volume, id string) error {
 	ds, done := d.hold(vol.ID)
 	defer done()
-	if err := ds.acquire(ctx); err != nil {
+	if err := d.acquireConfirmed(ctx, ds, vol.Name); err != nil {
 		return err
 	}
 	defer ds.unlock()
 	if ds.idle() {
 		ds.vol = vol // the claim reads it anew
-	}
-	if err := d.awaitConfirmed(ctx, ds); err != nil {
-		return err
 	}
 	if err := d.mount(ctx, ds, id); err != nil {
 		return err
@@ -423,29 +420,35 @@ func (d *Driver) mountVolume(ctx context.Context, vol ownership.Volume, id strin
 	return nil
 }
 
-// awaitConfirmed lets a Mount that needs more than what is mounted wait for the
-// first comparison with etcd: until then leftovers are not told from the living.
-func (d *Driver) awaitConfirmed(ctx context.Context, ds *dataset) error {
-	if up, err := d.isMounted(ds); err != nil || up {
-		return err
-	}
+// acquireConfirmed takes the lock for a Mount. One that needs more than what is
+// mounted waits for the first comparison with etcd, without the lock, which the
+// comparison needs: until then leftovers are not told from the living.
+func (d *Driver) acquireConfirmed(ctx context.Context, ds *dataset, name string) error {
 	select {
 	case <-d.confirmed:
-		return nil
+		return ds.acquire(ctx)
 	default:
 	}
-	// The comparison needs the dataset's lock.
-	<-ds.lock
-	defer func() { ds.lock <- struct{}{} }()
+	if err := ds.acquire(ctx); err != nil {
+		return err
+	}
+	up, err := d.isMounted(ds)
+	if up && err == nil {
+		return nil
+	}
+	ds.unlock()
+	if err != nil {
+		return err
+	}
 	timeout := time.NewTimer(confirmWait)
 	defer timeout.Stop()
 	select {
 	case <-d.confirmed:
-		return nil
+		return ds.acquire(ctx)
 	case <-timeout.C:
 	case <-ctx.Done():
 	}
-	return d.explain(ds.vol.Name, fmt.Errorf("%w: etcd has not answered since this plugin started", ownership.ErrUnavailable))
+	return d.explain(name, fmt.Errorf("%w: what is here was not compared with etcd yet since this plugin started", ownership.ErrUnavailable))
 }
 
 // confirmWait bounds how long a Mount waits for the start to be over.
@@ -610,11 +613,15 @@ func (d *Driver) schedule(ds *dataset, delay time.Duration) {
 	})
 }
 
+// learnLooks is how often Docker is asked after a Mount, two seconds apart: it
+// starts the container after our reply, and lists it later still.
+const learnLooks = 5
+
 // learnSoon has Docker asked, in a while, which containers use a volume.
 func (d *Driver) learnSoon(ds *dataset) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.unlearned[ds.id] = true
+	d.unlearned[ds.id] = learnLooks
 }
 
 // learn asks Docker which containers use the volumes that were mounted of late:
@@ -623,15 +630,26 @@ func (d *Driver) learn(ctx context.Context) {
 	for sleep(ctx, jitter(2*time.Second)) {
 		d.mu.Lock()
 		vids := d.unlearned
-		d.unlearned = map[string]bool{}
+		d.unlearned = map[string]int{}
 		d.mu.Unlock()
-		for vid := range vids {
+		for vid, looks := range vids {
 			ds, done := d.hold(vid)
-			_, known := d.askDocker(ctx, ds)
+			mounts := ds.snapshot.Load().mounts
+			var names []string
+			known := true
+			if mounts > 0 {
+				names, known = d.askDocker(ctx, ds)
+			}
 			done()
 			if !known {
 				break // Docker does not answer; the next Mount reminds us
 			}
+			if len(names) >= mounts || looks == 1 {
+				continue
+			}
+			d.mu.Lock()
+			d.unlearned[vid] = max(d.unlearned[vid], looks-1)
+			d.mu.Unlock()
 		}
 	}
 }

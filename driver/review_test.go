@@ -3,6 +3,8 @@ package driver_test
 import (
 	"context"
 	"errors"
+	"fmt"
+	"sync"
 	"testing"
 	"time"
 
@@ -87,3 +89,30 @@ func TestBegunDetachIsFinishedAfterAReboot(t *testing.T) {
 }
 
 var memoryExclusive = backends.Properties{Class: backends.ClassExclusive}
+
+// Mounts that come before the start is over wait for it side by side, each no
+// longer than its caller does.
+func TestMountsWhileStarting(t *testing.T) {
+	inCluster(t, oneNode, nil, func(t *testing.T, c *cluster) {
+		a := c.nodes["a"]
+		a.create("db", nil)
+		c.settle(2 * time.Second)
+		a.kill()
+		a.startPartitioned()
+		var wg sync.WaitGroup
+		for i := range 3 {
+			wg.Go(func() {
+				limit := time.Duration(i+1) * 15 * time.Second
+				ctx, cancel := context.WithTimeout(t.Context(), limit)
+				defer cancel()
+				start := time.Now()
+				_, err := a.Mount(ctx, "db", fmt.Sprint(i))
+				wantError(t, err, "volume db: ownership cannot be checked", "not compared with etcd yet")
+				if took, want := time.Since(start), min(limit, 20*time.Second); took != want {
+					t.Errorf("waited %v, want %v", took, want)
+				}
+			})
+		}
+		wg.Wait()
+	})
+}
