@@ -1033,3 +1033,25 @@ func FuzzRecord(f *testing.F) {
 		driver.DecodeRecord(t, data)
 	})
 }
+
+// Docker starts a container after our reply to Mount, and may take its time.
+func TestContainersStartedLateAreNamed(t *testing.T) {
+	inCluster(t, []string{"a"}, nil, func(t *testing.T, c *cluster) {
+		a := c.nodes["a"]
+		a.create("v", nil)
+		a.mount("v", "first")
+		c.settle(3 * time.Second)
+		a.docker.set("v", "web")
+		c.settle(3 * time.Second)
+		if got, want := fmt.Sprint(a.status("v")["containers"]), "[web]"; got != want {
+			t.Errorf("containers %s, want %s", got, want)
+		}
+		a.mount("v", "second")
+		c.settle(3 * time.Second)
+		a.docker.set("v", "web", "worker")
+		c.settle(3 * time.Second)
+		if got, want := fmt.Sprint(a.status("v")["containers"]), "[web worker]"; got != want {
+			t.Errorf("containers %s, want %s", got, want)
+		}
+	})
+}
