@@ -184,7 +184,7 @@ func TestStopAtPluginRestart(t *testing.T) {
 	for h := range containers {
 		h.start()
 	}
-	time.Sleep(9 * time.Second) // the tries to reach etcd are seconds apart by now
+	time.Sleep(12 * time.Second) // the tries to reach etcd are seconds apart by now
 	var stops sync.WaitGroup
 	for _, c := range containers {
 		stops.Go(func() {

@@ -81,7 +81,7 @@ func (s *site) end() {
 		_ = unix.Unmount(target, unix.MNT_DETACH)
 	}
 	for _, device := range loops(s.dir) {
-		detach(device)
+		detach(device, s.dir)
 	}
 	for _, h := range s.hosts {
 		if s.t.Failed() {

@@ -142,7 +142,7 @@ func remove(dir string) error {
 			return fmt.Errorf("still attached: %s", strings.Join(left, ", "))
 		}
 		for _, device := range left {
-			detach(device)
+			detach(device, dir)
 		}
 		time.Sleep(20 * time.Millisecond)
 	}
@@ -173,24 +173,32 @@ func mutable(dir string) error {
 // loops returns the loop devices whose files are below dir.
 func loops(dir string) []string {
 	var devices []string
-	paths, _ := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	paths, _ := filepath.Glob("/sys/block/loop*/loop")
 	for _, path := range paths {
-		file, err := os.ReadFile(path)
-		if err == nil && strings.HasPrefix(string(file), dir+"/") {
-			devices = append(devices, "/dev/"+filepath.Base(filepath.Dir(filepath.Dir(path))))
+		if device := "/dev/" + filepath.Base(filepath.Dir(path)); backed(device, dir) {
+			devices = append(devices, device)
 		}
 	}
 	return devices
 }
 
-// detach detaches a loop device, or has the kernel do it with its last close.
-func detach(device string) {
+// backed says whether a loop device's file is below dir.
+func backed(device, dir string) bool {
+	file, err := os.ReadFile("/sys/block/" + filepath.Base(device) + "/loop/backing_file")
+	return err == nil && strings.HasPrefix(string(file), dir+"/")
+}
+
+// detach detaches a loop device, or has the kernel do it with its last close. The
+// number may be another's by now; while it is open here it does not change hands.
+func detach(device, dir string) {
 	f, err := os.Open(device)
 	if err != nil {
 		return
 	}
 	defer f.Close()
-	_ = unix.IoctlSetInt(int(f.Fd()), unix.LOOP_CLR_FD, 0)
+	if backed(device, dir) {
+		_ = unix.IoctlSetInt(int(f.Fd()), unix.LOOP_CLR_FD, 0)
+	}
 }
 
 // mounts returns what is mounted below dir.
