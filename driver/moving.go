@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"time"
 
+	"github.com/flocker-plugin/flocker/driver/mount"
 	"github.com/flocker-plugin/flocker/driver/ownership"
 )
 
@@ -229,6 +230,13 @@ func (d *Driver) answer(ctx context.Context, vid string) {
 		}
 		log.Infof("cannot be handed over: %v", err)
 		d.tidySoon(ds)
+		if errors.Is(err, mount.ErrBusy) {
+			// Its Mount is not counted any more, such as after a docker cp that
+			// followed a crash of this process.
+			if names, _ := d.askDocker(ctx, ds); len(names) > 0 {
+				containers, err = names, nil
+			}
+		}
 	}
 	for _, req := range waiting {
 		reply := ownership.Reply{Volume: vid, Busy: true, Containers: containers}

@@ -54,6 +54,13 @@ func (d *Driver) restoreRecord(ctx context.Context, ds *dataset, r record) {
 	if err := d.findAttachment(ctx, ds); err != nil {
 		d.log.WithField("volume", r.Name).Warn(err)
 	}
+	// When Docker stops a plugin by force it takes its mounts away, and the bare
+	// directories stay.
+	if device, err := d.cfg.Mounter.Mounted(d.target(ds)); err == nil && device == "" {
+		if err := d.cfg.Mounter.Unmount(ctx, d.target(ds)); err != nil {
+			d.log.WithField("volume", r.Name).Debug(err)
+		}
+	}
 }
 
 // look makes sure that what there is of a volume on this node is known.
