@@ -146,29 +146,35 @@ func logFile(h *rig.Host) string { return filepath.Join(h.Dir, "dockerd.log") }
 // callsOf begins a call log.
 func callsOf(t *testing.T, h *rig.Host) callLog {
 	t.Helper()
-	info, err := os.Stat(logFile(h))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return callLog{h, info.Size()}
+	// What was asked before is not to be taken for what comes.
+	_, end := callLog{h, 0}.untilNow(t)
+	return callLog{h, end}
 }
 
 var callLine = regexp.MustCompile(`msg=(done|failed) .*?(?:mount_id=(\w+) )?op=(\w+) took=\S+?(?: volume=(\S+))?" plugin=`)
 
-// all returns the calls so far. Docker reads the plugin's output when it likes, so
-// a question that only this function asks is sent after them and waited for.
+// all returns the calls so far.
 func (l callLog) all(t *testing.T) []pluginCall {
+	t.Helper()
+	calls, _ := l.untilNow(t)
+	return calls
+}
+
+// untilNow returns the calls so far, and where they end in the log. Docker reads
+// the plugin's output when it likes, so a question that only this function asks is
+// sent after them and waited for.
+func (l callLog) untilNow(t *testing.T) (calls []pluginCall, end int64) {
 	t.Helper()
 	marker := fmt.Sprintf("marker-%d", time.Now().UnixNano())
 	_, _ = l.h.Docker(t.Context(), "volume", "inspect", marker)
-	var calls []pluginCall
 	eventually(t, "the plugin's log gets to "+marker, func() bool {
 		data, err := os.ReadFile(logFile(l.h))
 		if err != nil {
 			t.Fatal(err)
 		}
-		calls = nil
+		calls, end = nil, l.from
 		for line := range strings.Lines(string(data[min(l.from, int64(len(data))):])) {
+			end += int64(len(line))
 			m := callLine.FindStringSubmatch(line)
 			if m == nil {
 				continue
@@ -180,7 +186,7 @@ func (l callLog) all(t *testing.T) []pluginCall {
 		}
 		return false
 	})
-	return calls
+	return calls, end
 }
 
 // of returns the calls about one volume, except Get, which Docker sends before
