@@ -225,7 +225,16 @@ func (d *Driver) finishCreate(ctx context.Context, vol ownership.Volume) (owners
 	}
 	ready := vol
 	ready.Ref, ready.Size = made.Ref, made.Size
-	if ready, err = d.cfg.Map.Ready(ctx, ready); err != nil {
+	if ready, err = d.cfg.Map.Ready(ctx, ready); errors.Is(err, ownership.ErrNotFound) {
+		// Removed meanwhile, perhaps by somebody who saw no storage yet. Its id is not
+		// used again.
+		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+		defer cancel()
+		if err := backend.Delete(undo, made.Ref); err != nil && !errors.Is(err, backends.ErrNotFound) {
+			d.log.WithField("volume", vol.Name).Warnf("its storage %s is left, and no volume's any more: %v", made.Ref, err)
+		}
+	}
+	if err != nil {
 		return vol, d.explain(vol.Name, err)
 	}
 	return ready, nil

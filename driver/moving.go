@@ -86,12 +86,14 @@ func (d *Driver) ask(ctx context.Context, ds *dataset, held *ownership.HeldError
 
 	switch err := d.cfg.Map.Request(ctx, held.Owner, purpose); {
 	case errors.Is(err, ownership.ErrConflict):
+		_ = d.cfg.Map.Withdraw(ctx, held.Owner) // refresh gives back what it brings
 		return true, nil
 	case err != nil:
+		cause := d.explain(ds.vol.Name, err)
 		if dead, ok := errors.AsType[*ownership.HeldError](err); ok && !dead.Live {
-			return false, deadOwner(held)
+			cause = deadOwner(held)
 		}
-		return false, d.explain(ds.vol.Name, err)
+		return d.withdraw(ctx, ds, held.Owner, cause) // it may have arrived all the same
 	}
 	d.log.WithField("volume", ds.vol.Name).Infof("asked host %s for it", held.Owner.Host)
 
@@ -108,12 +110,14 @@ func (d *Driver) ask(ctx context.Context, ds *dataset, held *ownership.HeldError
 		case err != nil:
 			return d.withdraw(ctx, ds, held.Owner, d.explain(ds.vol.Name, err))
 		case view.Owner == nil:
-			return true, d.cfg.Map.Withdraw(ctx, held.Owner)
+			_ = d.cfg.Map.Withdraw(ctx, held.Owner)
+			return true, nil
 		case view.Owner.Node == d.cfg.Node.ID:
 			ds.vol = view.Volume
 			return false, d.owned(ds, *view.Owner)
 		case view.Owner.Token != held.Owner.Token:
-			return true, d.cfg.Map.Withdraw(ctx, held.Owner)
+			_ = d.cfg.Map.Withdraw(ctx, held.Owner)
+			return true, nil
 		case !view.OwnerLive:
 			return d.withdraw(ctx, ds, held.Owner, deadOwner(held))
 		}

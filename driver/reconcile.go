@@ -148,6 +148,8 @@ func (d *Driver) confirm(ctx context.Context) error {
 func (d *Driver) dropForeign(ctx context.Context, backend backends.Backend, att backends.Attachment) {
 	ds, done := d.hold(att.Volume)
 	defer done()
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
 	if ds.acquire(ctx) != nil {
 		return
 	}
@@ -358,6 +360,8 @@ func (d *Driver) suspected() []string {
 func (d *Driver) giveBack(ctx context.Context, vid string) {
 	ds, done := d.hold(vid)
 	defer done()
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
 	if ds.acquire(ctx) != nil {
 		return
 	}
@@ -376,13 +380,18 @@ const refreshRounds = 10
 // whose Unmount was lost, and takes down what nothing refers to.
 func (d *Driver) recheck(ctx context.Context, vid string) {
 	ds, done := d.hold(vid)
-	if ds.acquire(ctx) == nil {
-		if ds.token != 0 && errors.Is(d.cfg.Map.Check(ctx, vid, ds.token), ownership.ErrLost) {
-			d.lose(ctx, ds)
-		}
-		ds.unlock()
+	defer done()
+	bounded, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	soon, giveUp := context.WithTimeout(bounded, poll)
+	defer giveUp()
+	if ds.acquire(soon) != nil {
+		return // whoever has it may be stuck, which must not hold up the others
 	}
-	done()
+	if ds.token != 0 && errors.Is(d.cfg.Map.Check(bounded, vid, ds.token), ownership.ErrLost) {
+		d.lose(bounded, ds)
+	}
+	ds.unlock()
 	d.tidy(ctx, vid)
 }
 
@@ -398,7 +407,9 @@ func sleep(ctx context.Context, wait time.Duration) bool {
 	}
 }
 
-// refresh reads every volume's definition, for the time when etcd is away.
+// refresh reads every volume's definition, for the time when etcd is away. What
+// this node owns without knowing it, such as by a request it could not withdraw,
+// is given back.
 func (d *Driver) refresh(ctx context.Context) {
 	views, err := d.cfg.Map.List(ctx)
 	if err != nil {
@@ -406,6 +417,15 @@ func (d *Driver) refresh(ctx context.Context) {
 		return
 	}
 	d.rememberAll(views)
+	local := map[string]bool{}
+	for _, ds := range d.local() {
+		local[ds.id] = true
+	}
+	for _, view := range views {
+		if view.Owner != nil && view.Owner.Node == d.cfg.Node.ID && !local[view.Volume.ID] {
+			d.giveBack(ctx, view.Volume.ID)
+		}
+	}
 }
 
 // purge finishes removals: the storage behind a tombstone, then the tombstone.

@@ -10,6 +10,7 @@ import (
 
 	"github.com/flocker-plugin/flocker/backends"
 	"github.com/flocker-plugin/flocker/backends/backendtest"
+	"github.com/flocker-plugin/flocker/driver/ownership"
 )
 
 // failing makes calls of one method of the storage fail, on one node.
@@ -114,5 +115,72 @@ func TestMountsWhileStarting(t *testing.T) {
 			})
 		}
 		wg.Wait()
+	})
+}
+
+// A volume is removed by one node while another one makes its storage: whoever is
+// last takes the storage away.
+func TestRemovalWhileTheStorageIsMade(t *testing.T) {
+	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
+		a, b := c.nodes["a"], c.nodes["b"]
+		c.storage.SetFault(func(_ context.Context, call backendtest.Call) error {
+			if call.Method == "Create" && !call.Done {
+				c.storage.SetFault(nil)
+				return b.Remove(t.Context(), "db")
+			}
+			return nil
+		})
+		wantError(t, a.Create(t.Context(), "db", nil), "no such volume")
+		if vols, err := c.storage.Node(a.id.ID).List(t.Context()); err != nil || len(vols) != 0 {
+			t.Errorf("the storage has %v (%v), want nothing", vols, err)
+		}
+		if _, err := a.Get(t.Context(), "db"); !errors.Is(err, ownership.ErrNotFound) {
+			t.Errorf("Get: %v, want ErrNotFound", err)
+		}
+	})
+}
+
+// A request may have arrived although its sender was told that it had not. It is
+// taken back: the owner would hand over to a node that does not wait.
+func TestRequestWithAnUnknownOutcomeIsWithdrawn(t *testing.T) {
+	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
+		a, b := c.nodes["a"], c.nodes["b"]
+		a.create("db", nil)
+		a.mount("db", "id1")
+		writes := 0
+		b.etcd.Inject(func(call string) ownership.Fault {
+			if call == "txn" {
+				writes++ // the claim, the request's three tries, what follows
+			}
+			return ownership.Fault{DropReply: call == "txn" && 2 <= writes && writes <= 4}
+		})
+		_, err := b.Mount(t.Context(), "db", "id2")
+		wantError(t, err, "volume db: ownership cannot be checked")
+		b.etcd.Inject(nil)
+		a.unmount("db", "id1")
+		c.settle(time.Second)
+		c.wantNothing()
+	})
+}
+
+// A volume that was handed to a node which could not say that it waits no more is
+// given back by itself.
+func TestVolumeOfNobodyIsGivenBack(t *testing.T) {
+	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
+		a, b := c.nodes["a"], c.nodes["b"]
+		a.create("db", nil)
+		a.mount("db", "id1")
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		time.AfterFunc(4*time.Second, func() {
+			b.etcd.Inject(func(call string) ownership.Fault { return ownership.Fault{Refused: call == "txn"} })
+		})
+		_, err := b.Mount(ctx, "db", "id2")
+		wantError(t, err, "withdraw the request")
+		c.settle(3 * time.Minute)
+		b.etcd.Inject(nil)
+		a.unmount("db", "id1")
+		c.settle(6 * time.Minute)
+		c.wantNothing()
 	})
 }
