@@ -303,6 +303,9 @@ func (e *Etcd) Watch(ctx context.Context, key string, prefix bool, from int64) <
 		ctx, cancel := context.WithCancel(clientv3.WithRequireLeader(ctx))
 		defer cancel()
 		opts := []clientv3.OpOption{clientv3.WithRev(from), clientv3.WithProgressNotify()}
+		if from == 0 {
+			opts = append(opts, clientv3.WithCreatedNotify())
+		}
 		if prefix {
 			opts = append(opts, clientv3.WithPrefix())
 		}

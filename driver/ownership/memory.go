@@ -448,6 +448,14 @@ func (m *Memory) Watch(ctx context.Context, key string, prefix bool, from int64)
 				return false
 			}
 		}
+		if from == 0 {
+			m.mu.Lock()
+			now := m.revision
+			m.mu.Unlock()
+			if from = now + 1; !send(WatchResult{Revision: now}) {
+				return
+			}
+		}
 		for {
 			events, to, changed, err := m.next(key, prefix, from)
 			if err != nil {

@@ -29,7 +29,9 @@ type Store interface {
 	Revoke(ctx context.Context, lease int64) error
 
 	// Watch reports every change of the key, or of all keys with that prefix, from
-	// revision from on (included). The channel is closed when ctx is done, or after
+	// revision from on (included). 0 is from now on; a WatchResult without events
+	// says then that it has begun, and this is the quicker way: etcd lets a watch
+	// that has something to catch up with wait for up to 100 ms. The channel is closed when ctx is done, or after
 	// a WatchResult with Err. A reader that does not read delays nobody else.
 	Watch(ctx context.Context, key string, prefix bool, from int64) <-chan WatchResult
 

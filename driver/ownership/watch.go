@@ -36,11 +36,8 @@ func (m *Map) follow(ctx context.Context, key string, prefix bool, wake chan<- s
 	}
 	wait := backoff{first: 50 * time.Millisecond, most: m.cfg.Timeout}
 	for {
-		if res, err := m.read(ctx, get(m.key("meta"))); err == nil {
-			notify()
-			if m.watch(ctx, key, prefix, res.Revision+1, notify) {
-				wait.next = 0
-			}
+		if m.watch(ctx, key, prefix, notify) {
+			wait.next = 0
 		}
 		if !wait.sleep(ctx) {
 			return
@@ -48,19 +45,20 @@ func (m *Map) follow(ctx context.Context, key string, prefix bool, wake chan<- s
 	}
 }
 
-// watch follows one watch to its end. True if it reported anything.
-func (m *Map) watch(ctx context.Context, key string, prefix bool, from int64, notify func()) (reported bool) {
+// watch follows one watch to its end. True if it reported any change.
+func (m *Map) watch(ctx context.Context, key string, prefix bool, notify func()) (reported bool) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	for res := range m.store.Watch(ctx, key, prefix, from) {
+	begins := time.AfterFunc(m.cfg.Timeout, cancel)
+	defer begins.Stop()
+	for res := range m.store.Watch(ctx, key, prefix, 0) {
+		begins.Stop()
 		if res.Err != nil {
 			m.log.WithError(res.Err).WithField("key", key).Debug("watch ended")
 			break
 		}
-		if len(res.Events) > 0 {
-			reported = true
-			notify()
-		}
+		reported = reported || len(res.Events) > 0
+		notify()
 	}
 	return reported
 }
