@@ -155,15 +155,26 @@ func detachBelow(ctx context.Context, dir string) error {
 		}
 		var left []string
 		for _, path := range paths {
-			file, err := os.ReadFile(path)
-			if err != nil || !strings.HasPrefix(string(file), dir+"/") {
-				continue // detached since, or somebody else's
+			ours := func() bool {
+				file, err := os.ReadFile(path)
+				return err == nil && strings.HasPrefix(string(file), dir+"/")
 			}
-			b := bare{device: "/dev/" + strings.Split(path, "/")[3]}
-			if err := b.detach(); err != nil && !errors.Is(err, unix.ENXIO) {
-				return err
+			if !ours() {
+				continue
 			}
-			left = append(left, b.device)
+			device := "/dev/" + strings.Split(path, "/")[3]
+			loop, err := unix.Open(device, unix.O_RDWR|unix.O_CLOEXEC, 0)
+			if err != nil {
+				return fmt.Errorf("open %s: %w", device, err)
+			}
+			// While it is open it cannot become somebody else's.
+			if ours() {
+				left = append(left, device)
+				err = unix.IoctlSetInt(loop, unix.LOOP_CLR_FD, 0)
+			}
+			if err := errors.Join(err, unix.Close(loop)); err != nil && !errors.Is(err, unix.ENXIO) {
+				return fmt.Errorf("detach %s: %w", device, err)
+			}
 		}
 		if len(left) == 0 {
 			return nil
