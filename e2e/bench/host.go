@@ -90,17 +90,17 @@ func (a *area) start(ctx context.Context, binary, name string, settings ...strin
 		}
 	}
 	// It serves; a change has to wait for its registration, too.
+	first := volume{host: h, name: "first" + name, id: mountID()}
 	for {
-		err := h.create(ctx, "first"+name)
+		err := first.each(ctx, func(ctx context.Context) error { return h.create(ctx, first.name) }, first.mount)
 		if err == nil {
 			break
 		}
 		if !strings.Contains(err.Error(), "cannot be checked") || !wait(ctx) {
-			return nil, fmt.Errorf("first create: %w%s", err, h.lastWords())
+			return nil, fmt.Errorf("first volume: %w%s", err, h.lastWords())
 		}
 	}
-	first := volume{host: h, name: "first" + name, id: mountID()}
-	return h, first.each(ctx, first.mount, first.unmount, first.free, first.remove)
+	return h, first.each(ctx, first.unmount, first.free, first.remove)
 }
 
 // stop ends the plugin in order if it can.

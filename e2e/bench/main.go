@@ -21,13 +21,16 @@ import (
 )
 
 func main() {
-	var o options
-	flag.BoolVar(&o.quick, "quick", false, "fewer repetitions: under 40 seconds instead of under 4 minutes")
-	flag.BoolVar(&o.strict, "strict", false, "end with 1 if a target is missed")
+	o := options{volumes: 1000, share: 1, limit: fullLimit}
+	quick := flag.Bool("quick", false, "fewer repetitions: under 40 seconds instead of under 4 minutes")
+	strict := flag.Bool("strict", false, "end with 1 if a target is missed")
 	flag.StringVar(&o.dir, "dir", "/var/tmp", "`directory` to work below; its disk is what is measured")
 	flag.StringVar(&o.plugin, "plugin", "", "the plugin's `binary`; built from this source if not given")
 	write := flag.String("write", "", "Markdown `file` whose part between <!-- bench --> and <!-- end of bench --> is replaced")
 	flag.Parse()
+	if *quick {
+		o.share, o.limit = 6, quickLimit
+	}
 
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	r, err := bench(ctx, o)
@@ -42,15 +45,19 @@ func main() {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
-	if missed := r.missed(); o.strict && missed > 0 {
+	if missed := r.missed(); *strict && missed > 0 {
 		fmt.Fprintf(os.Stderr, "bench: %d targets are missed\n", missed)
 		os.Exit(1)
 	}
 }
 
 type options struct {
-	quick, strict bool
-	dir, plugin   string
+	dir, plugin string
+	// share is what part of the usual repetitions is made: 1 is all of them.
+	share int
+	limit time.Duration
+	// volumes is how many there are for List and for memory.
+	volumes int
 }
 
 // The whole run ends before these, and cleaning up comes on top.
@@ -82,10 +89,6 @@ func bench(ctx context.Context, o options) (_ *report, err error) {
 	if os.Geteuid() != 0 {
 		return nil, errors.New("root is needed to mount")
 	}
-	limit := fullLimit
-	if o.quick {
-		limit = quickLimit
-	}
 	r := &run{options: o, rates: rates{}}
 	if r.area, err = newArea(ctx, o.dir); err != nil {
 		return nil, err
@@ -105,7 +108,7 @@ func bench(ctx context.Context, o options) (_ *report, err error) {
 	if r.local, err = startLocal(ctx, r.area); err != nil {
 		r.report.note("Docker's local driver is left out: %v.", err)
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("not done after %v", limit))
+	ctx, cancel := context.WithTimeoutCause(ctx, o.limit, fmt.Errorf("not done after %v", o.limit))
 	defer cancel()
 	if err := r.measure(ctx); err != nil {
 		if ctx.Err() != nil {
@@ -156,18 +159,18 @@ func progress(what string) {
 	fmt.Fprintf(os.Stderr, "%s measuring: %s\n", time.Now().Format(time.TimeOnly), what)
 }
 
+const atLeast = 3
+
 // turns calls f until it was called n times, but no longer than limit: a slow
 // machine measures less often. It is called thrice at least.
 func (r *run) turns(ctx context.Context, n int, limit time.Duration, f func(turn int) error) error {
-	if r.quick {
-		n, limit = max(n/5, 3), limit/6
-	}
+	n, limit = max(n/r.share, atLeast), limit/time.Duration(r.share)
 	end := time.Now().Add(limit)
 	for turn := range n {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		if turn >= 3 && time.Now().After(end) {
+		if turn >= atLeast && time.Now().After(end) {
 			break
 		}
 		if err := f(turn); err != nil {

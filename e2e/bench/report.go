@@ -127,7 +127,7 @@ func (r *run) tabulate() {
 	r.latency("Get, free volume", "get", most(500*time.Microsecond))
 	r.latency("Get, mounted volume", "get, mounted", most(500*time.Microsecond))
 	r.latency("Path", "path", nil)
-	r.latency(fmt.Sprintf("List of %d volumes", many), "list", most(10*time.Millisecond))
+	r.latency(fmt.Sprintf("List of %d volumes", r.volumes), "list", most(10*time.Millisecond))
 	r.latency("planned move to another host", "move", times(1.5, 10*time.Millisecond, "≤ 1.5 × floor + 10 ms"))
 	for _, verb := range []string{"create", "first mount", "mount", "unmount", "remove", "get", "path", "list"} {
 		title := strings.ToUpper(verb[:1]) + verb[1:]
@@ -140,7 +140,7 @@ func (r *run) tabulate() {
 	}
 	rss := percentile(r.rates["VmRSS"], 50)
 	r.report.lines = append(r.report.lines, line{
-		what:     fmt.Sprintf("resident memory, %d volumes, etcd elsewhere", many),
+		what:     fmt.Sprintf("resident memory, %d volumes, etcd elsewhere", r.volumes),
 		measured: fmt.Sprintf("%.0f MiB, at most %.0f MiB", rss, percentile(r.rates["VmHWM"], 50)),
 		target:   "≤ 64 MiB", met: rss <= 64,
 	})

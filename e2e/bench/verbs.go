@@ -14,8 +14,7 @@ import (
 )
 
 const (
-	callers = 16   // where there are many
-	many    = 1000 // volumes, for List and for memory
+	callers = 16 // where there are many
 	// settling is the time between a mount and its unmount: filesystems begin
 	// something in the background.
 	settling = 5 * time.Millisecond
@@ -117,9 +116,10 @@ func (r *run) crowd(what string, n int, f func(i int) error) error {
 
 // sixteen measures each verb with many callers and a thousand volumes.
 func (r *run) sixteen(ctx context.Context, h *host) error {
-	const batch = many / 10
+	const batches = 10
+	batch := r.volumes / batches
 	var volumes []*volume
-	for turn := range many / batch {
+	for turn := range batches {
 		if err := byTurns(turn, func() error {
 			made := make([]*volume, batch)
 			for i := range made {
@@ -142,7 +142,7 @@ func (r *run) sixteen(ctx context.Context, h *host) error {
 		}
 	}
 	if err := r.turns(ctx, 100, 10*time.Second, func(turn int) error {
-		v := volumes[turn*7%many]
+		v := volumes[turn*7%len(volumes)]
 		list := func() error { return h.list(ctx) }
 		return all(
 			func() error { return r.times.took("get", func() error { return v.get(ctx) }) },
@@ -153,13 +153,13 @@ func (r *run) sixteen(ctx context.Context, h *host) error {
 		return err
 	}
 	if err := all(
-		func() error { return r.crowd("get", many, func(i int) error { return volumes[i].get(ctx) }) },
-		func() error { return r.crowd("path", many, func(i int) error { return volumes[i].path(ctx) }) },
+		func() error { return r.crowd("get", len(volumes), func(i int) error { return volumes[i].get(ctx) }) },
+		func() error { return r.crowd("path", len(volumes), func(i int) error { return volumes[i].path(ctx) }) },
 		func() error { return r.crowd("list", 8*callers, func(int) error { return h.list(ctx) }) },
 	); err != nil {
 		return err
 	}
-	const some = 3 * callers
+	some := min(3*callers, len(volumes)/5)
 	if err := r.turns(ctx, 5, 40*time.Second, func(turn int) error {
 		return byTurns(turn, func() error {
 			return r.mounts(ctx, volumes[turn*some:][:some])
