@@ -242,8 +242,18 @@ func TestKilledInMount(t *testing.T) {
 		failed <- err
 	}()
 	exists(t, running)
+	mkfs, err := os.ReadFile(running)
+	noError(t, err)
 	quick()
 	h.kill()
+	// It would format whatever has the device's name when it gets there.
+	eventually(t, time.Second, func() error {
+		stat, err := os.ReadFile("/proc/" + strings.TrimSpace(string(mkfs)) + "/stat")
+		if err == nil && !strings.Contains(string(stat), ") Z ") {
+			return fmt.Errorf("mkfs goes on without the plugin: %s", stat)
+		}
+		return nil
+	})
 	h.start()
 	wantError(t, <-failed, "request body lost in Docker's retry (moby#39331); please retry the command")
 	startSoon(t, c)

@@ -227,12 +227,15 @@ func (h *host) client() *http.Client {
 }
 
 // slowMkfs makes the mkfs of this host take its time, until the function it
-// returns is called. The file `running` is there as soon as one has begun.
+// returns is called. The file `running` is there as soon as one has begun, and has
+// its process id.
 func (h *host) slowMkfs(delay time.Duration) (running string, quick func()) {
 	h.t.Helper()
 	running = filepath.Join(h.dir, "running")
 	script := filepath.Join(h.dir, "bin", "mkfs.ext4")
-	text := fmt.Sprintf("#!/bin/sh\n: >%s\nsleep %v >/dev/null 2>&1\nexec /sbin/mkfs.ext4 \"$@\"\n", running, delay.Seconds())
+	// When the plugin is dead, the device's number may be another volume's.
+	text := fmt.Sprintf("#!/bin/sh\necho $$ >%[1]s.new && mv %[1]s.new %[1]s\nsleep %v >/dev/null 2>&1\n"+
+		"kill -0 $PPID 2>/dev/null && exec /sbin/mkfs.ext4 \"$@\"\n", running, delay.Seconds())
 	if err := os.WriteFile(script, []byte(text), 0o700); err != nil {
 		h.t.Fatal(err)
 	}
