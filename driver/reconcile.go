@@ -123,9 +123,20 @@ func (d *Driver) confirm(ctx context.Context) error {
 			tokens[ds.id] = 0
 		}
 	}
-	// Attachments that no record and no ownership speaks of are dropped too.
+	d.sweep(ctx, tokens)
+	for vid := range tokens {
+		d.confirmVolume(ctx, vid)
+	}
+	return nil
+}
+
+// sweep drops the attachments that no ownership speaks of, such as one a process
+// that was killed had asked for. tokens are what etcd says this node owns.
+func (d *Driver) sweep(ctx context.Context, tokens map[string]int64) {
 	for name, backend := range d.cfg.Backends {
-		attachments, err := backend.Attachments(ctx)
+		bounded, cancel := context.WithTimeout(ctx, time.Minute)
+		attachments, err := backend.Attachments(bounded)
+		cancel()
 		if err != nil {
 			d.log.Warnf("list attachments of %s: %v", name, err)
 			continue
@@ -136,10 +147,6 @@ func (d *Driver) confirm(ctx context.Context) error {
 			}
 		}
 	}
-	for vid := range tokens {
-		d.confirmVolume(ctx, vid)
-	}
-	return nil
 }
 
 // dropForeign detaches an attachment that belongs to no present ownership, if
@@ -148,6 +155,9 @@ func (d *Driver) confirm(ctx context.Context) error {
 func (d *Driver) dropForeign(ctx context.Context, backend backends.Backend, att backends.Attachment) {
 	ds, done := d.hold(att.Volume)
 	defer done()
+	if ds.snapshot.Load().token == att.Token {
+		return // taken meanwhile
+	}
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	if ds.acquire(ctx) != nil {
@@ -155,7 +165,7 @@ func (d *Driver) dropForeign(ctx context.Context, backend backends.Backend, att 
 	}
 	defer ds.unlock()
 	if ds.token == att.Token {
-		return // taken meanwhile, or to be confirmed as lost below
+		return // taken meanwhile, or to be confirmed as lost
 	}
 	log := d.log.WithField("volume", att.Volume)
 	if now, err := backend.Attachments(ctx); err != nil || !slices.Contains(now, att) {
@@ -408,8 +418,8 @@ func sleep(ctx context.Context, wait time.Duration) bool {
 }
 
 // refresh reads every volume's definition, for the time when etcd is away. What
-// this node owns without knowing it, such as by a request it could not withdraw,
-// is given back.
+// this node owns without knowing it is given back, and what it asked for without
+// waiting any more is withdrawn.
 func (d *Driver) refresh(ctx context.Context) {
 	views, err := d.cfg.Map.List(ctx)
 	if err != nil {
@@ -417,14 +427,42 @@ func (d *Driver) refresh(ctx context.Context) {
 		return
 	}
 	d.rememberAll(views)
-	local := map[string]bool{}
+	local, tokens := map[string]bool{}, map[string]int64{}
 	for _, ds := range d.local() {
 		local[ds.id] = true
 	}
 	for _, view := range views {
-		if view.Owner != nil && view.Owner.Node == d.cfg.Node.ID && !local[view.Volume.ID] {
+		if view.Owner == nil || view.Owner.Node != d.cfg.Node.ID {
+			continue
+		}
+		tokens[view.Volume.ID] = view.Owner.Token
+		if !local[view.Volume.ID] {
 			d.giveBack(ctx, view.Volume.ID)
 		}
+	}
+	d.sweep(ctx, tokens)
+	asked, err := d.cfg.Map.Asked(ctx)
+	if err != nil {
+		d.log.Debugf("refresh: %v", err)
+	}
+	for _, req := range asked {
+		d.withdrawOld(ctx, req)
+	}
+}
+
+// withdrawOld takes back a request that nobody here waits for: who waits has the
+// dataset's lock.
+func (d *Driver) withdrawOld(ctx context.Context, req ownership.Request) {
+	ds, done := d.hold(req.Volume)
+	defer done()
+	soon, giveUp := context.WithTimeout(ctx, poll)
+	defer giveUp()
+	if ds.acquire(soon) != nil {
+		return
+	}
+	defer ds.unlock()
+	if err := d.cfg.Map.Withdraw(ctx, ownership.Owner{Volume: req.Volume, Node: req.Owner}); err != nil {
+		d.log.Debugf("withdraw an old request: %v", err)
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -182,5 +183,56 @@ func TestVolumeOfNobodyIsGivenBack(t *testing.T) {
 		a.unmount("db", "id1")
 		c.settle(6 * time.Minute)
 		c.wantNothing()
+	})
+}
+
+// A request that could not be withdrawn is withdrawn later, before its volume is
+// handed to a node that does not wait for it.
+func TestOldRequestIsWithdrawn(t *testing.T) {
+	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
+		a, b := c.nodes["a"], c.nodes["b"]
+		a.create("db", nil)
+		a.mount("db", "id1")
+		a.docker.set("db", "web")
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		time.AfterFunc(4*time.Second, func() {
+			b.etcd.Inject(func(call string) ownership.Fault { return ownership.Fault{Refused: call == "txn"} })
+		})
+		_, err := b.Mount(ctx, "db", "id2")
+		wantError(t, err, "withdraw the request")
+		b.etcd.Inject(nil)
+		c.settle(7 * time.Minute)
+		for _, kv := range c.etcd.Keys("") {
+			if strings.Contains(kv.Key, "/req/") {
+				t.Errorf("the request was left: %s", kv.Key)
+			}
+		}
+	})
+}
+
+// What a killed process had attached is detached also if the storage could not be
+// asked about it at the start.
+func TestOrphanedAttachmentIsFoundLater(t *testing.T) {
+	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
+		c.storage = backendtest.NewMemory(memoryExclusive)
+		a, b := c.nodes["a"], c.nodes["b"]
+		a.restart()
+		b.restart()
+		a.create("db", nil)
+		ref := strings.TrimPrefix(c.device("db"), backendtest.DevicePrefix)
+		_, err := c.storage.Node(a.id.ID).Attach(t.Context(),
+			backends.AttachRequest{Ref: ref, Volume: a.status("db")["id"].(string), Token: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.failing(a, "Attachments")
+		a.restart()
+		c.settle(time.Second)
+		c.storage.SetFault(nil)
+		_, err = b.Mount(t.Context(), "db", "id1")
+		wantError(t, err, "attached to")
+		c.settle(7 * time.Minute)
+		b.mount("db", "id1")
 	})
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -185,6 +186,15 @@ func (m *Map) Waiting(ctx context.Context) ([]Request, error) {
 		return nil, err
 	}
 	return m.requests(res.Results[0].KVs), nil
+}
+
+// Asked returns this node's own requests, to whomever.
+func (m *Map) Asked(ctx context.Context) ([]Request, error) {
+	res, err := m.read(ctx, getPrefix(m.key("req", "")))
+	if err != nil {
+		return nil, err
+	}
+	return slices.DeleteFunc(m.requests(res.Results[0].KVs), func(r Request) bool { return r.Node != m.me.ID }), nil
 }
 
 // Reply answers a request, as long as it waits; otherwise it does nothing. The
