@@ -17,11 +17,7 @@ func TestBench(t *testing.T) {
 		}
 		t.Skip("needs root")
 	}
-	// Not t.TempDir: what is left there would be removed, and not seen.
-	dir, err := os.MkdirTemp("/var/tmp", "test-bench-")
-	if err != nil {
-		t.Fatal(err)
-	}
+	dir := t.TempDir()
 	r, err := bench(t.Context(), options{dir: dir, share: 50, limit: fullLimit, volumes: 100})
 	if err != nil {
 		t.Fatal(err)

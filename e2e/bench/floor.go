@@ -47,12 +47,12 @@ func (b *bare) attach() error {
 	if err != nil {
 		return fmt.Errorf("open %s: %w", b.file, err)
 	}
-	defer unix.Close(file) //nolint:errcheck // nothing was written
+	defer unix.Close(file)
 	control, err := unix.Open("/dev/loop-control", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("open /dev/loop-control: %w", err)
 	}
-	defer unix.Close(control) //nolint:errcheck // nothing was written
+	defer unix.Close(control)
 	config := unix.LoopConfig{Fd: uint32(file), Size: 512, Info: unix.LoopInfo64{Flags: unix.LO_FLAGS_DIRECT_IO}}
 	for range 200 {
 		number, err := unix.IoctlRetInt(control, unix.LOOP_CTL_GET_FREE)
@@ -65,7 +65,7 @@ func (b *bare) attach() error {
 			return fmt.Errorf("open %s: %w", device, err)
 		}
 		err = unix.IoctlLoopConfigure(loop, &config)
-		unix.Close(loop) //nolint:errcheck // nothing was written
+		unix.Close(loop)
 		if err == nil {
 			b.device = device
 			return nil

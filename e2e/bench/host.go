@@ -92,7 +92,7 @@ func (a *area) start(ctx context.Context, binary, name string, settings ...strin
 	// It serves; a change has to wait for its registration, too.
 	first := volume{host: h, name: "first" + name, id: mountID()}
 	for {
-		err := first.each(ctx, func(ctx context.Context) error { return h.create(ctx, first.name) }, first.mount)
+		err := each(ctx, func(ctx context.Context) error { return h.create(ctx, first.name) }, first.mount)
 		if err == nil {
 			break
 		}
@@ -100,7 +100,7 @@ func (a *area) start(ctx context.Context, binary, name string, settings ...strin
 			return nil, fmt.Errorf("first volume: %w%s", err, h.lastWords())
 		}
 	}
-	return h, first.each(ctx, first.unmount, first.free, first.remove)
+	return h, each(ctx, first.unmount, first.free, first.remove)
 }
 
 // stop ends the plugin in order if it can.
@@ -190,7 +190,7 @@ type volume struct {
 }
 
 // each calls one after the other until one fails.
-func (*volume) each(ctx context.Context, steps ...func(context.Context) error) error {
+func each(ctx context.Context, steps ...func(context.Context) error) error {
 	for _, step := range steps {
 		if err := step(ctx); err != nil {
 			return err

@@ -132,7 +132,7 @@ func (r *run) measure(ctx context.Context) error {
 	if r.store, err = ownership.NewEtcd(ownership.EtcdConfig{Endpoints: []string{etcd}}); err != nil {
 		return err
 	}
-	defer r.store.Close() //nolint:errcheck // nothing is lost
+	defer r.store.Close()
 	for _, part := range []struct {
 		what string
 		do   func(context.Context, *host) error

@@ -75,7 +75,7 @@ func (r *run) throughput(ctx context.Context, h *host) (err error) {
 	if err := errors.Join(err, ours.close(), bare.close()); err != nil {
 		return err
 	}
-	return errors.Join(v.each(ctx, v.unmount, v.free), b.down(), b.remove())
+	return errors.Join(each(ctx, v.unmount, v.free), b.down(), b.remove())
 }
 
 // write notes down the rate of one turn, in MiB a second.

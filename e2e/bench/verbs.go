@@ -34,7 +34,7 @@ func (r *run) one(ctx context.Context, h *host) error {
 		v, b := &volume{host: h, name: r.next(), id: mountID()}, r.area.bare(r.next())
 		both := func(what string, ours func(context.Context) error, bare func() error, after ...func(context.Context) error) error {
 			return byTurns(turn, func() error {
-				return errors.Join(r.times.took(what, func() error { return ours(ctx) }), v.each(ctx, after...))
+				return errors.Join(r.times.took(what, func() error { return ours(ctx) }), each(ctx, after...))
 			}, func() error {
 				return r.times.took("bare "+what, bare)
 			})
@@ -71,7 +71,7 @@ func (r *run) one(ctx context.Context, h *host) error {
 			func() error { return mine("path", v.path) },
 			func() error { return mine("mount, mounted", v.mount) },
 			func() error { return mine("unmount, still used", v.unmount) },
-			func() error { return v.each(ctx, v.unmount, v.free) },
+			func() error { return each(ctx, v.unmount, v.free) },
 			func() error { return r.withLocal(b) },
 			func() error { return both("remove", v.remove, b.remove) },
 		))
@@ -276,5 +276,5 @@ func (r *run) move(ctx context.Context, a, b *host) error {
 	}); err != nil {
 		return err
 	}
-	return errors.Join(from.each(ctx, from.unmount, from.free), hand.down(), hand.remove())
+	return errors.Join(each(ctx, from.unmount, from.free), hand.down(), hand.remove())
 }
