@@ -325,7 +325,9 @@ func (d *Driver) removeOnce(ctx context.Context, name string) error {
 	if ds.refs.total() > 0 && !d.doubtful(ds) {
 		return inUseHere(name, d.cfg.Node.Host, ds.snapshot.Load().containers)
 	}
-	ds.vol = view.Volume
+	if view.Volume.Revision > ds.vol.Revision { // it was read before the lock was taken
+		ds.vol = view.Volume
+	}
 	if view.Owner != nil && ds.token == 0 {
 		if err := d.claim(ctx, ds, "remove"); err != nil {
 			return err
@@ -376,7 +378,7 @@ func (d *Driver) removeForgotten(ctx context.Context, name string) error {
 		return err
 	}
 	defer ds.unlock()
-	if ds.idle() {
+	if ds.att == nil && !ds.mounted && !ds.unseen {
 		return nil
 	}
 	return fmt.Errorf("volume %s is gone from the cluster's records but still open on this host; stop its containers", name)

@@ -125,13 +125,20 @@ func (d *Driver) own(ctx context.Context, ds *dataset, undo *undoStack) error {
 	}
 	// Kept from before, lingering. While the lease is valid nobody can have taken
 	// it; otherwise ask.
-	if d.cfg.Map.Live() == nil && ds.verified {
+	if d.cfg.Map.Live() == nil && ds.verified && ds.vol.Revision != 0 {
 		return nil
 	}
 	if err := d.cfg.Map.Check(ctx, ds.id, ds.token); err != nil {
 		return d.explain(ds.vol.Name, err)
 	}
 	ds.verified = true
+	if ds.vol.Revision == 0 { // from the disk, and perhaps older than the format
+		view, err := d.cfg.Map.View(ctx, ds.id)
+		if err != nil {
+			return d.explain(ds.vol.Name, err)
+		}
+		ds.vol = view.Volume
+	}
 	return nil
 }
 
@@ -220,6 +227,11 @@ func (d *Driver) mountFilesystem(ctx context.Context, ds *dataset, undo *undoSta
 		ds.vol = vol
 		d.remember(vol)
 	}
+	return d.mountFormatted(ctx, ds, undo)
+}
+
+// mountFormatted mounts what has its filesystem.
+func (d *Driver) mountFormatted(ctx context.Context, ds *dataset, undo *undoStack) error {
 	warnings, err := d.cfg.Mounter.Mount(ctx, mount.Spec{
 		Device: ds.att.Device, FS: ds.vol.FS, UUID: ds.id, Options: ds.vol.Mount, Target: d.target(ds),
 	}, mount.Owner{UID: ds.vol.UID, GID: ds.vol.GID, Mode: fileMode(ds.vol.Mode)})
@@ -261,11 +273,17 @@ func (d *Driver) closeFilesystem(ctx context.Context, ds *dataset) error {
 	if ds.att.Device == "" { // an attach that failed; detach will look
 		return nil
 	}
+	// A Mount that failed half-way is in the table only.
+	device, err := d.cfg.Mounter.Mounted(d.target(ds))
+	if err != nil {
+		return err
+	}
 	wasMounted := ds.mounted
+	ds.mounted = ds.mounted || device == ds.att.Device
 	if err := d.unmountFilesystem(ctx, ds); err != nil {
 		return err
 	}
-	err := d.cfg.Mounter.Close(ctx, ds.att.Device)
+	err = d.cfg.Mounter.Close(ctx, ds.att.Device)
 	if err == nil {
 		ds.closed = true
 		return nil
@@ -275,7 +293,7 @@ func (d *Driver) closeFilesystem(ctx context.Context, ds *dataset) error {
 		again, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 		defer cancel()
 		var keep undoStack
-		if remount := d.mountFilesystem(again, ds, &keep); remount != nil {
+		if remount := d.mountFormatted(again, ds, &keep); remount != nil {
 			return errors.Join(err, fmt.Errorf("mount it again: %w", remount))
 		}
 	}

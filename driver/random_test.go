@@ -26,7 +26,7 @@ import (
 
 var (
 	firstSeed = flag.Int("seed", 1, "the first seed of TestRandom")
-	seeds     = flag.Int("seeds", 24, "how many seeds TestRandom runs")
+	seeds     = flag.Int("seeds", 16, "how many seeds TestRandom runs")
 )
 
 // Three nodes do what users, Docker and bad luck make them do, at random: the

@@ -4,13 +4,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/flocker-plugin/flocker/backends"
 	"github.com/flocker-plugin/flocker/backends/backendtest"
+	"github.com/flocker-plugin/flocker/driver/mount"
 	"github.com/flocker-plugin/flocker/driver/ownership"
 )
 
@@ -234,5 +238,117 @@ func TestOrphanedAttachmentIsFoundLater(t *testing.T) {
 		wantError(t, err, "attached to")
 		c.settle(7 * time.Minute)
 		b.mount("db", "id1")
+	})
+}
+
+// What Remove read before it got the volume's lock is older than what a Mount has
+// recorded meanwhile: a volume that was formatted is not formatted again.
+func TestRemoveThatFailsDoesNotForgetTheFormat(t *testing.T) {
+	inCluster(t, oneNode, nil, func(t *testing.T, c *cluster) {
+		c.storage = backendtest.NewMemory(memoryExclusive)
+		a := c.nodes["a"]
+		a.restart()
+		a.create("db", nil)
+		attach := make(chan struct{})
+		c.storage.SetFault(func(_ context.Context, call backendtest.Call) error {
+			if call.Method == "Attach" && !call.Done {
+				<-attach
+			}
+			return when(call.Method == "Detach", errors.New("the storage does not answer"))
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		a.mounter.SetAfter(func(call, _ string) error {
+			if call == mount.CallMount {
+				cancel() // the caller goes away
+			}
+			return nil
+		})
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			if _, err := a.Mount(ctx, "db", "id1"); err == nil {
+				t.Error("mounted for a caller that went away")
+			}
+		})
+		synctest.Wait()
+		wg.Go(func() { wantError(t, a.Remove(t.Context(), "db"), "the storage does not answer") })
+		synctest.Wait()
+		close(attach)
+		wg.Wait()
+		c.storage.SetFault(nil)
+		a.mounter.SetAfter(nil)
+		a.mounter.ResetCalls()
+		a.mount("db", "id2")
+		for _, call := range a.mounter.Calls() {
+			if call.Name == mount.CallFormat {
+				t.Errorf("%v of a volume that is formatted, by record", call)
+			}
+		}
+	})
+}
+
+// The definitions on disk may be older than the last thing that a killed process
+// did. What was mounted is mounted again without a thought of formatting it.
+func TestOldDefinitionsOnDiskDoNotFormat(t *testing.T) {
+	inCluster(t, oneNode, nil, func(t *testing.T, c *cluster) {
+		a := c.nodes["a"]
+		a.create("db", nil)
+		c.settle(2 * time.Second)
+		known := filepath.Join(a.stateDir, "known.json")
+		old, err := os.ReadFile(known)
+		if err != nil || !strings.Contains(string(old), `"formatted":false`) {
+			t.Fatalf("known.json is %s (%v)", old, err)
+		}
+		a.mount("db", "id1")
+		defer a.kernel.Hold(c.device("db"))()
+		a.kill()
+		if err := os.WriteFile(known, old, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		a.startPartitioned()
+		a.unmount("db", "id1") // Docker's mistake: a container still has it
+		if s := a.status("db"); s["state"] != "mounted" {
+			t.Errorf("state %v, want mounted: a container still has it", s["state"])
+		}
+		for _, call := range a.mounter.Calls() {
+			if call.Name == mount.CallFormat {
+				t.Errorf("%v of a volume that is in use", call)
+			}
+		}
+	})
+}
+
+// A mount that failed half-way may be there: the mount table says so.
+func TestMountThatFailedIsTakenDown(t *testing.T) {
+	inCluster(t, oneNode, nil, func(t *testing.T, c *cluster) {
+		a := c.nodes["a"]
+		a.create("db", nil)
+		a.mounter.SetAfter(func(call, _ string) error { return when(call == mount.CallMount, errors.New("boom")) })
+		_, err := a.Mount(t.Context(), "db", "id1")
+		wantError(t, err, "mount volume db: boom")
+		a.mounter.SetAfter(nil)
+		c.settle(time.Second)
+		c.wantNothing()
+	})
+}
+
+// A removal whose answer was lost is done when it is asked for again.
+func TestRemoveAgainAfterALostAnswer(t *testing.T) {
+	inCluster(t, oneNode, nil, func(t *testing.T, c *cluster) {
+		c.storage = backendtest.NewMemory(memoryExclusive)
+		a := c.nodes["a"]
+		a.restart()
+		a.create("db", nil)
+		a.mount("db", "id1")
+		a.unmount("db", "id1")
+		a.etcd.Inject(func(call string) ownership.Fault {
+			return ownership.Fault{DropReply: call == "txn"}
+		})
+		wantError(t, a.Remove(t.Context(), "db"), "ownership cannot be checked")
+		a.etcd.Inject(nil)
+		if err := a.Remove(t.Context(), "db"); err != nil {
+			t.Error(err)
+		}
+		c.settle(10 * time.Minute)
+		c.wantNothing()
 	})
 }
