@@ -102,8 +102,13 @@ func (n *node) startWith(registered context.Context, partitioned bool) {
 	}
 	id := n.id
 	id.Session = fmt.Sprint(time.Now().UnixNano())
+	seen, err := driver.LoadSeen(n.stateDir)
+	if err != nil {
+		n.c.t.Fatal(err)
+	}
 	m := ownership.New(n.etcd, id, ownership.Config{
-		Now: func() time.Duration { return time.Since(began) }, Log: log.WithField("node", n.name),
+		Seen: seen,
+		Now:  func() time.Duration { return time.Since(began) }, Log: log.WithField("node", n.name),
 	})
 	cfg := driver.Config{
 		Node: id, Map: m, Mounter: n.mounter, Docker: n.docker, Log: log.WithField("node", n.name),

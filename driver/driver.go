@@ -151,6 +151,7 @@ func (d *Driver) Run(ctx context.Context) error {
 	d.mu.Unlock()
 	d.work.Wait()
 	d.saveKnown()
+	d.saveSeen()
 	d.journal.close()
 	return context.Cause(ctx)
 }

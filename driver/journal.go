@@ -27,13 +27,16 @@ import (
 //	node.json          the node's identity, made once
 //	epoch              how often the process was started or activated
 //	volumes/<vid>.json one record for each volume this node owns
+//	seen.json          which cluster this node belongs to, and how far it has followed
+//	                   it: an etcd put back to an older state is refused
 //	known.json         the last seen definition of every volume, to answer Docker
 //	                   when etcd is away
 type journal struct {
 	dir  string
 	lock *os.File
 
-	mu sync.Mutex // serialises known.json and epoch; records have their dataset's lock
+	mu   sync.Mutex // serialises all files but the records, which have their dataset's lock
+	seen ownership.Seen
 }
 
 // record is one volume's entry. A record of another boot says nothing about
@@ -169,6 +172,39 @@ func (j *journal) loadKnown() ([]ownership.Volume, error) {
 		return nil, fmt.Errorf("read known volumes: %w", err)
 	}
 	return volumes, nil
+}
+
+func (j *journal) saveSeen(seen ownership.Seen) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if seen == j.seen {
+		return nil
+	}
+	if err := writeJSON(filepath.Join(j.dir, seenFile), seen, seen.Cluster != j.seen.Cluster); err != nil {
+		return fmt.Errorf("write what was seen of the cluster: %w", err)
+	}
+	j.seen = seen
+	return nil
+}
+
+const seenFile = "seen.json"
+
+// LoadSeen returns how far this host has followed which cluster, for
+// ownership.Config; the zero value if it never belonged to one. Whoever means to
+// give a host to another cluster removes seen.json, with no volume mounted.
+func LoadSeen(stateDir string) (ownership.Seen, error) {
+	var seen ownership.Seen
+	data, err := os.ReadFile(filepath.Join(stateDir, seenFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return seen, nil
+	}
+	if err == nil {
+		err = json.Unmarshal(data, &seen)
+	}
+	if err != nil {
+		return ownership.Seen{}, fmt.Errorf("read what was seen of the cluster: %w", err)
+	}
+	return seen, nil
 }
 
 // nextEpoch counts the starts of this process and the activations by Docker. A

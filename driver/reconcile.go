@@ -339,6 +339,7 @@ func (d *Driver) reconcile(ctx context.Context) {
 	}
 	close(d.confirmed)
 	for round := 0; ; round++ {
+		d.saveSeen()
 		if round%refreshRounds == 0 {
 			d.refresh(ctx)
 			d.purge(ctx)

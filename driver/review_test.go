@@ -352,3 +352,37 @@ func TestRemoveAgainAfterALostAnswer(t *testing.T) {
 		c.wantNothing()
 	})
 }
+
+// An etcd that was emptied, or put back to an older state, knows nothing of what
+// this node has: nothing is gone, and nothing is taken, by its word.
+func TestEtcdPutBack(t *testing.T) {
+	inCluster(t, oneNode, nil, func(t *testing.T, c *cluster) {
+		a := c.nodes["a"]
+		a.create("db", nil)
+		a.create("other", nil)
+		a.mount("db", "id1")
+		defer a.kernel.Hold(c.device("db"))()
+		c.settle(time.Minute)
+		a.kill()
+		c.etcd = ownership.NewMemory()
+		a.startPartitioned()
+		a.etcd.Partition(false)
+		c.settle(time.Minute)
+		for _, name := range []string{"db", "other"} {
+			if v, err := a.Get(t.Context(), name); err != nil || v.Name != name {
+				t.Errorf("Get %s: %v (%v), want it", name, v, err)
+			}
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		defer cancel()
+		if _, err := a.Get(ctx, "unheard-of"); errors.Is(err, ownership.ErrNotFound) {
+			t.Errorf("Get of an unknown volume: %v, want that it is not known", err)
+		}
+		if s := a.status("db"); s["state"] != "mounted" {
+			t.Errorf("state %v, want mounted", s["state"])
+		}
+		wantError(t, a.Create(t.Context(), "new", nil), "ownership cannot be checked")
+		_, err := a.Mount(t.Context(), "other", "id2")
+		wantError(t, err, "ownership cannot be checked")
+	})
+}

@@ -244,6 +244,15 @@ func (d *Driver) keepKnown(ctx context.Context) {
 	}
 }
 
+// saveSeen keeps how far this node has followed the cluster.
+func (d *Driver) saveSeen() {
+	if seen := d.cfg.Map.Seen(); seen.Cluster != "" {
+		if err := d.journal.saveSeen(seen); err != nil {
+			d.log.Warn(err)
+		}
+	}
+}
+
 func (d *Driver) saveKnown() {
 	d.mu.Lock()
 	dirty := d.dirty

@@ -44,7 +44,13 @@ func start(ctx context.Context, s settings, srv *server, log *logrus.Entry) {
 		return
 	}
 	defer func() { _ = store.Close() }()
-	owners := ownership.New(store, node, ownership.Config{Prefix: s.EtcdPrefix, TTL: s.NodeTTL, Renew: s.NodeRenew, Log: log})
+	seen, err := persist(ctx, log, "memory of the cluster", func() (ownership.Seen, error) {
+		return driver.LoadSeen(s.StateDir)
+	})
+	if err != nil {
+		return
+	}
+	owners := ownership.New(store, node, ownership.Config{Prefix: s.EtcdPrefix, TTL: s.NodeTTL, Renew: s.NodeRenew, Seen: seen, Log: log})
 	storage := map[string]backends.Backend{}
 	for name, open := range registry {
 		storage[name] = open(s, node)
