@@ -63,7 +63,8 @@ func (s *System) format(ctx context.Context, spec FormatSpec) error {
 	if err := s.at("mkfs"); err != nil {
 		return err
 	}
-	if _, err := run(ctx, tool.pkg, tool.program, args...); err != nil {
+	mkfs := program{pkg: tool.pkg, name: tool.program, args: args, device: spec.Device, dies: true}
+	if _, err := mkfs.run(ctx); err != nil {
 		return err
 	}
 	if err := s.at("verify"); err != nil {
@@ -222,7 +223,7 @@ func check(ctx context.Context, device string, full bool) error {
 	if full {
 		args = []string{"-f", "-p", device}
 	}
-	code, err := run(ctx, "e2fsprogs", "e2fsck", args...)
+	code, err := program{pkg: "e2fsprogs", name: "e2fsck", args: args, device: device}.run(ctx)
 	switch {
 	case err == nil, code == 1, code == 2:
 		return nil

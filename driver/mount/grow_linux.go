@@ -44,7 +44,7 @@ func (s *System) growUnmounted(ctx context.Context, device string) error {
 	}
 	own, cancelOwn := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Minute)
 	defer cancelOwn()
-	_, err = run(own, "e2fsprogs", "resize2fs", device)
+	_, err = program{pkg: "e2fsprogs", name: "resize2fs", args: []string{device}, device: device}.run(own)
 	return err
 }
 

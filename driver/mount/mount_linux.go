@@ -473,8 +473,9 @@ func (s *System) writeBack(target string) error {
 	return nil
 }
 
-// unmountLimit is how long an unmount waits for files that are just being closed.
-const unmountLimit = 60 * time.Millisecond
+// unmountLimit is how long an unmount waits for files that are just being closed: a
+// program that this process starts has copies of all of them until it executes.
+const unmountLimit = 500 * time.Millisecond
 
 func unmountOnce(target string) error {
 	err := unix.Unmount(target, unix.UMOUNT_NOFOLLOW)

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"time"
@@ -148,30 +149,56 @@ func retryBusy(ctx context.Context, limit time.Duration, try func() error) error
 	}
 }
 
+// program is one run of a program on a device.
+type program struct {
+	pkg, name string // the Debian package, and what is run
+	args      []string
+	device    string
+	// dies says that the program ends with this process, however that ends. Half a
+	// mkfs is made again; half a repair or a growth may be worse than none.
+	dies bool
+}
+
 // run runs a program to its end. Its last line of error output is in the error, and
 // code is its exit status. A program that is not installed is ErrUnsupported.
-func run(ctx context.Context, pkg, program string, args ...string) (code int, err error) {
-	path, err := findProgram(program)
+//
+// The program has the device open from its first moment, so that the kernel keeps
+// the device as it is: if this process is killed, the next must not be able to give
+// a loop device of that name to another volume before the program opens it.
+func (p program) run(ctx context.Context) (code int, err error) {
+	path, err := findProgram(p.name)
 	if err != nil {
-		return -1, fmt.Errorf("run %s: %w: the program is not installed (Debian package %s)", program, ErrUnsupported, pkg)
+		return -1, fmt.Errorf("run %s: %w: the program is not installed (Debian package %s)", p.name, ErrUnsupported, p.pkg)
 	}
-	cmd := exec.CommandContext(ctx, path, args...)
+	held, err := openDevice(p.device, os.O_RDONLY)
+	if err != nil {
+		return -1, fmt.Errorf("run %s: %w", p.name, err)
+	}
+	defer held.Close()
+	cmd := exec.CommandContext(ctx, path, p.args...)
 	var out, stderr bytes.Buffer
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
 	cmd.Stdout, cmd.Stderr = &out, &stderr
+	cmd.ExtraFiles = []*os.File{held.File}
 	cmd.WaitDelay = 5 * time.Second
+	if p.dies {
+		// The signal comes at the end of the thread that starts the program.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	}
 	err = cmd.Run()
 	if err == nil {
 		return 0, nil
 	}
 	if cause := context.Cause(ctx); cause != nil {
-		return -1, fmt.Errorf("run %s: %w", program, cause)
+		return -1, fmt.Errorf("run %s: %w", p.name, cause)
 	}
 	last := lastLine(stderr.String())
 	if last == "" {
 		last = lastLine(out.String())
 	}
-	return cmd.ProcessState.ExitCode(), fmt.Errorf("run %s: %w: %s", program, err, last)
+	return cmd.ProcessState.ExitCode(), fmt.Errorf("run %s: %w: %s", p.name, err, last)
 }
 
 // findProgram also looks where a daemon's PATH often does not reach. An empty PATH
