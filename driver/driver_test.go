@@ -1055,3 +1055,17 @@ func TestContainersStartedLateAreNamed(t *testing.T) {
 		}
 	})
 }
+
+// A Mount that a killed process did not finish is in the journal, and Docker, which
+// comes again with another ID, never undoes it.
+func TestKilledInMountLeavesNoReference(t *testing.T) {
+	inCluster(t, oneNode, nil, func(t *testing.T, c *cluster) {
+		a := c.nodes["a"]
+		a.create("db", nil)
+		a.killedAt(mount.CallMount, false, func() { _, _ = a.Mount(t.Context(), "db", "id1") })
+		a.mount("db", "id2")
+		a.unmount("db", "id2")
+		c.settle(time.Second)
+		c.wantNothing()
+	})
+}

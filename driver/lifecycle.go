@@ -66,6 +66,11 @@ func (d *Driver) mount(ctx context.Context, ds *dataset, id string) (err error) 
 		if err := d.attach(ctx, ds, &undo); err != nil {
 			return err
 		}
+		// A Mount that a killed process did not finish may be in the journal, and
+		// nobody undoes it. What nobody has open nobody uses.
+		if ds.refs.total() > 0 && d.cfg.Mounter.Close(ctx, ds.att.Device) == nil {
+			clear(ds.refs)
+		}
 	}
 
 	counted := ds.record(d.cfg.Node.Boot)
