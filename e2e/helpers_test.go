@@ -8,6 +8,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -55,9 +56,7 @@ func newCluster(t *testing.T, cfg rig.Config, settings map[string]string) *clust
 		"FLOCKER_LOG_LEVEL":      "debug",
 		"FLOCKER_DEFAULT_SIZE":   "64M",
 	}
-	for name, value := range settings {
-		all[name] = value
-	}
+	maps.Copy(all, settings)
 	errs := make([]error, len(c.Hosts))
 	for i, h := range c.Hosts {
 		wg.Go(func() { errs[i] = h.InstallPlugin(t.Context(), all) })
