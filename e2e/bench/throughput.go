@@ -14,7 +14,7 @@ import (
 )
 
 const (
-	fileSize  = 128 << 20 // what is written to, over and over
+	fileSize  = 64 << 20 // what is written to, over and over
 	blockSize = 4 << 10
 	chunkSize = 1 << 20
 )
@@ -27,10 +27,10 @@ type pattern struct {
 }
 
 var patterns = []pattern{
-	{"write, sequential, O_DIRECT", true, false, 64 << 20},
-	{"write, sequential, fsync", false, false, 64 << 20},
-	{"write, random 4k, O_DIRECT", true, true, 4 << 20},
-	{"write, random 4k, fsync", false, true, 8 << 20},
+	{"write, sequential, O_DIRECT", true, false, 32 << 20},
+	{"write, sequential, fsync", false, false, 32 << 20},
+	{"write, random 4k, O_DIRECT", true, true, 2 << 20},
+	{"write, random 4k, fsync", false, true, 4 << 20},
 }
 
 // throughput measures writing to a volume beside writing to the same kind of loop
@@ -58,7 +58,7 @@ func (r *run) throughput(ctx context.Context, h *host) (err error) {
 		err = errors.Join(ours.fill(at, 8<<20), bare.fill(at, 8<<20))
 	}
 	if err == nil {
-		err = r.turns(ctx, 40, 45*time.Second, func(turn int) error {
+		err = r.turns(ctx, 60, 40*time.Second, func(turn int) error {
 			for _, p := range patterns {
 				seed := rand.Uint64()
 				if err := byTurns(turn, func() error {

@@ -153,13 +153,17 @@ func (r *run) sixteen(ctx context.Context, h *host) error {
 		return err
 	}
 	if err := all(
-		func() error { return r.crowd("get", len(volumes), func(i int) error { return volumes[i].get(ctx) }) },
-		func() error { return r.crowd("path", len(volumes), func(i int) error { return volumes[i].path(ctx) }) },
-		func() error { return r.crowd("list", 8*callers, func(int) error { return h.list(ctx) }) },
+		func() error {
+			return r.crowd("get", r.part(len(volumes)), func(i int) error { return volumes[i].get(ctx) })
+		},
+		func() error {
+			return r.crowd("path", r.part(len(volumes)), func(i int) error { return volumes[i].path(ctx) })
+		},
+		func() error { return r.crowd("list", r.part(8*callers), func(int) error { return h.list(ctx) }) },
 	); err != nil {
 		return err
 	}
-	some := min(3*callers, len(volumes)/5)
+	some := min(r.part(3*callers), len(volumes)/5)
 	if err := r.turns(ctx, 5, 40*time.Second, func(turn int) error {
 		return byTurns(turn, func() error {
 			return r.mounts(ctx, volumes[turn*some:][:some])
@@ -231,7 +235,7 @@ func (r *run) memory(ctx context.Context, b *host) error {
 	if err := r.turns(ctx, 6*callers, 10*time.Second, func(int) error { return b.list(ctx) }); err != nil {
 		return err
 	}
-	if _, err := together(callers, 6*callers, func(int) error { return b.list(ctx) }); err != nil {
+	if _, err := together(callers, r.part(6*callers), func(int) error { return b.list(ctx) }); err != nil {
 		return err
 	}
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", b.cmd.Process.Pid))
