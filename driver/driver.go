@@ -99,6 +99,7 @@ type Driver struct {
 	known     map[string]ownership.Volume
 	dirty     bool // known is newer than the journal's copy
 	waiting   map[string][]ownership.Request
+	answering map[string]bool      // volumes whose waiting nodes are being answered
 	suspects  map[string]time.Time // volumes whose claim had an unknown outcome
 	unlearned map[string]int       // volumes whose containers are not known yet: how often to ask Docker
 	silent    time.Time            // when etcd last failed to answer a Get
@@ -128,7 +129,7 @@ func New(cfg Config) (*Driver, error) {
 		cfg: cfg, log: cfg.Log, journal: j,
 		confirmed: make(chan struct{}), ctx: ctx, stop: stop,
 		datasets: map[string]*dataset{}, known: map[string]ownership.Volume{},
-		waiting: map[string][]ownership.Request{}, suspects: map[string]time.Time{}, unlearned: map[string]int{},
+		waiting: map[string][]ownership.Request{}, answering: map[string]bool{}, suspects: map[string]time.Time{}, unlearned: map[string]int{},
 	}
 	d.epoch.Store(epoch)
 	d.restore(ctx)
@@ -229,16 +230,28 @@ func (d *Driver) finishCreate(ctx context.Context, vol ownership.Volume) (owners
 	if ready, err = d.cfg.Map.Ready(ctx, ready); errors.Is(err, ownership.ErrNotFound) {
 		// Removed meanwhile, perhaps by somebody who saw no storage yet. Its id is not
 		// used again.
-		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
-		defer cancel()
-		if err := backend.Delete(undo, made.Ref); err != nil && !errors.Is(err, backends.ErrNotFound) {
-			d.log.WithField("volume", vol.Name).Warnf("its storage %s is left, and no volume's any more: %v", made.Ref, err)
-		}
+		d.background(func(ctx context.Context) { d.discard(ctx, backend, vol.Name, made.Ref) })
 	}
 	if err != nil {
 		return vol, d.explain(vol.Name, err)
 	}
 	return ready, nil
+}
+
+// discard deletes storage that is no volume's, until it is gone.
+func (d *Driver) discard(ctx context.Context, backend backends.Backend, name, ref string) {
+	for wait := time.Second; ; wait = min(2*wait, 5*time.Minute) {
+		bounded, cancel := context.WithTimeout(ctx, undoTimeout)
+		err := backend.Delete(bounded, ref)
+		cancel()
+		if err == nil || errors.Is(err, backends.ErrNotFound) {
+			return
+		}
+		d.log.WithField("volume", name).Warnf("its storage %s is left, and no volume's any more: %v", ref, err)
+		if !sleep(ctx, jitter(wait)) {
+			return
+		}
+	}
 }
 
 // undoCreate removes a volume whose storage could not be made, unless another
@@ -686,8 +699,18 @@ func (d *Driver) waitingFor(vid string) []ownership.Request {
 	return d.waiting[vid]
 }
 
-func (d *Driver) waitingVolumes() []string {
+// toAnswer returns the volumes other nodes wait for, without those that are being
+// answered: who asks asks again, and many answers would keep Unmount from the
+// dataset's lock.
+func (d *Driver) toAnswer() []string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return slices.Collect(maps.Keys(d.waiting))
+	var vids []string
+	for vid := range d.waiting {
+		if !d.answering[vid] {
+			d.answering[vid] = true
+			vids = append(vids, vid)
+		}
+	}
+	return vids
 }

@@ -26,6 +26,12 @@ func (d *Driver) claim(ctx context.Context, ds *dataset, purpose string) error {
 			ds.vol = vol
 			return d.owned(ds, owner)
 		}
+		held, ok := errors.AsType[*ownership.HeldError](err)
+		if ok && held.Volume.Phase != ownership.PhaseReady {
+			// Owned, perhaps by this node's own claim whose outcome was unknown, but not
+			// to be used.
+			err, ok = &ownership.PhaseError{Volume: held.Volume}, false
+		}
 		if phase, ok := errors.AsType[*ownership.PhaseError](err); ok && phase.Volume.Phase == ownership.PhaseCreating {
 			// Its creator did not finish, or has not yet: whoever is first.
 			if _, err := d.finishCreate(ctx, phase.Volume); err != nil {
@@ -33,7 +39,6 @@ func (d *Driver) claim(ctx context.Context, ds *dataset, purpose string) error {
 			}
 			continue
 		}
-		held, ok := errors.AsType[*ownership.HeldError](err)
 		if !ok {
 			d.suspect(ds, err)
 			return d.explain(ds.vol.Name, err)
@@ -189,7 +194,7 @@ func (d *Driver) serve(ctx context.Context) {
 		waiting, err := d.cfg.Map.Waiting(ctx)
 		if err == nil {
 			d.setWaiting(waiting)
-			for _, vid := range d.waitingVolumes() {
+			for _, vid := range d.toAnswer() {
 				d.background(func(ctx context.Context) { d.answer(ctx, vid) })
 			}
 		}
@@ -204,6 +209,11 @@ func (d *Driver) serve(ctx context.Context) {
 
 // answer lets go of a volume another node asks for, or says why not.
 func (d *Driver) answer(ctx context.Context, vid string) {
+	defer func() {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		delete(d.answering, vid)
+	}()
 	ds, done := d.hold(vid)
 	defer done()
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)

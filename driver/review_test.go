@@ -14,6 +14,7 @@ import (
 
 	"github.com/flocker-plugin/flocker/backends"
 	"github.com/flocker-plugin/flocker/backends/backendtest"
+	"github.com/flocker-plugin/flocker/driver"
 	"github.com/flocker-plugin/flocker/driver/mount"
 	"github.com/flocker-plugin/flocker/driver/ownership"
 )
@@ -136,6 +137,7 @@ func TestRemovalWhileTheStorageIsMade(t *testing.T) {
 			return nil
 		})
 		wantError(t, a.Create(t.Context(), "db", nil), "no such volume")
+		c.settle(time.Second)
 		if vols, err := c.storage.Node(a.id.ID).List(t.Context()); err != nil || len(vols) != 0 {
 			t.Errorf("the storage has %v (%v), want nothing", vols, err)
 		}
@@ -384,5 +386,69 @@ func TestEtcdPutBack(t *testing.T) {
 		wantError(t, a.Create(t.Context(), "new", nil), "ownership cannot be checked")
 		_, err := a.Mount(t.Context(), "other", "id2")
 		wantError(t, err, "ownership cannot be checked")
+	})
+}
+
+// slowDocker answers after its time limit, as an Engine under load does.
+type slowDocker struct{ driver.Docker }
+
+func (s slowDocker) Using(ctx context.Context, volume string) ([]driver.Container, error) {
+	time.Sleep(2 * time.Second)
+	return s.Docker.Using(ctx, volume)
+}
+
+// Many nodes that ask for a volume do not keep its owner from letting go of it.
+func TestManyRequestsDoNotStarveUnmount(t *testing.T) {
+	names := []string{"a", "b", "c", "d", "e", "f"}
+	slow := func(cfg *driver.Config) { cfg.Docker = slowDocker{cfg.Docker} }
+	inCluster(t, names, slow, func(t *testing.T, c *cluster) {
+		a := c.nodes["a"]
+		a.create("db", nil)
+		a.mount("db", "id1")
+		a.docker.set("db", "web")
+		var wg sync.WaitGroup
+		for _, name := range names[1:] {
+			wg.Go(func() { _, _ = c.nodes[name].Mount(t.Context(), "db", "id2") })
+		}
+		c.settle(20 * time.Second)
+		a.docker.set("db")
+		start := time.Now()
+		a.unmount("db", "id1")
+		if took := time.Since(start); took > 5*time.Second {
+			t.Errorf("the unmount took %v", took)
+		}
+		wg.Wait()
+	})
+}
+
+// A claim that is late may find a volume that is being deleted. It gets nothing by
+// it, and leaves nothing.
+func TestLateClaimOfARemovedVolume(t *testing.T) {
+	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
+		a, b := c.nodes["a"], c.nodes["b"]
+		a.create("db", nil)
+		b.status("db")
+		c.settle(2 * time.Second)
+		b.etcd.Inject(func(call string) ownership.Fault {
+			if call == "txn" {
+				return ownership.Fault{Late: 10 * time.Second}
+			}
+			return ownership.Fault{}
+		})
+		_, err := b.Mount(t.Context(), "db", "id1")
+		wantError(t, err, "ownership cannot be checked")
+		b.etcd.Inject(nil)
+		c.storage.SetFault(func(_ context.Context, call backendtest.Call) error {
+			return when(call.Method == "Delete", errors.New("the storage does not answer"))
+		})
+		if err := a.Remove(t.Context(), "db"); err != nil {
+			t.Fatal(err)
+		}
+		c.settle(11 * time.Second) // the claim arrives at a tombstone
+		_, err = b.Mount(t.Context(), "db", "id1")
+		wantError(t, err, "no such volume: db")
+		c.storage.SetFault(nil)
+		c.settle(10 * time.Minute)
+		c.wantNothing()
 	})
 }

@@ -478,8 +478,9 @@ func (m *Map) Purge(ctx context.Context, tombstone Volume) error {
 		return fmt.Errorf("purge volume %s: it is not a tombstone", tombstone.ID)
 	}
 	res, err := m.write(ctx, Txn{
-		If:   []Cmp{mod(m.vol(tombstone.ID), tombstone.Revision)},
-		Then: []Op{del(m.vol(tombstone.ID))},
+		If: []Cmp{mod(m.vol(tombstone.ID), tombstone.Revision)},
+		// A claim that was late may have found the tombstone, for which it gets nothing.
+		Then: []Op{del(m.vol(tombstone.ID)), del(m.own(tombstone.ID))},
 		Else: []Op{get(m.vol(tombstone.ID))},
 	})
 	if err != nil {
