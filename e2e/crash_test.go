@@ -19,6 +19,7 @@ import (
 // I/O goes on, and afterwards their volumes can move.
 func TestCrash(t *testing.T) {
 	onEachEngine(t, func(t *testing.T, engine rig.Engine) {
+		t.Parallel() // they mostly wait
 		c := newCluster(t, rig.Config{Hosts: 2, Engine: engine}, contested)
 		one := c.Hosts[0]
 		// All at the beginning: a lost Unmount is noticed a minute after its Mount.
@@ -46,10 +47,11 @@ func (c *cluster) testPluginKilled(t *testing.T, w *worker) {
 	}
 	w.wantWriting(t)
 	within(t, 10*time.Second, "Docker starts the plugin again", func() error {
-		if now, err := w.h.PluginPID(); err != nil || now == before {
-			return fmt.Errorf("process %d, %v", now, err)
+		now, err := w.h.PluginPID()
+		if err == nil && now == before {
+			err = fmt.Errorf("it is process %d still", now)
 		}
-		return nil
+		return err
 	})
 	if got := status(t, w.h, w.volume); got["state"] != "mounted" || got["owner"] != w.h.Name {
 		t.Errorf("status after the kill: %v, want mounted by %s", got, w.h.Name)
@@ -144,6 +146,7 @@ func (c *cluster) testDockerdStopped(t *testing.T, w *worker) {
 // TestLiveRestore stops and kills Docker where containers outlive it.
 func TestLiveRestore(t *testing.T) {
 	onEachEngine(t, func(t *testing.T, engine rig.Engine) {
+		t.Parallel() // they mostly wait
 		c := newCluster(t, rig.Config{Hosts: 2, Engine: engine, LiveRestore: true}, contested)
 		one, two := c.Hosts[0], c.Hosts[1]
 		w := work(t, one, "survivor", "live")

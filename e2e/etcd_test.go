@@ -16,6 +16,7 @@ import (
 // removed, or replaced by a local one.
 func TestEtcdAway(t *testing.T) {
 	onEachEngine(t, func(t *testing.T, engine rig.Engine) {
+		t.Parallel() // they mostly wait
 		ctx := t.Context()
 		c := newCluster(t, rig.Config{Hosts: 2, Engine: engine}, contested)
 		one, two := c.Hosts[0], c.Hosts[1]
