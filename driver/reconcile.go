@@ -338,6 +338,8 @@ func (d *Driver) reconcile(ctx context.Context) {
 		}
 	}
 	close(d.confirmed)
+	// I/O to a device that has gone may hang for ever: one volume of several then.
+	slots := make(chan struct{}, 8)
 	for round := 0; ; round++ {
 		d.saveSeen()
 		if round%refreshRounds == 0 {
@@ -348,7 +350,16 @@ func (d *Driver) reconcile(ctx context.Context) {
 			return
 		}
 		for _, ds := range d.local() {
-			d.recheck(ctx, ds.id)
+			select {
+			case slots <- struct{}{}:
+				d.background(func(ctx context.Context) {
+					defer func() { <-slots }()
+					d.recheck(ctx, ds.id)
+				})
+			case <-time.After(time.Minute): // all hang
+			case <-ctx.Done():
+				return
+			}
 		}
 		for _, vid := range d.suspected() {
 			d.giveBack(ctx, vid)

@@ -452,3 +452,32 @@ func TestLateClaimOfARemovedVolume(t *testing.T) {
 		c.wantNothing()
 	})
 }
+
+// I/O to a device that has gone can hang for ever. That volume is lost to this
+// host; the others are looked after all the same.
+func TestHangingUnmountDoesNotStopReconciling(t *testing.T) {
+	inCluster(t, oneNode, nil, func(t *testing.T, c *cluster) {
+		a := c.nodes["a"]
+		hang := make(chan struct{})
+		for _, name := range []string{"v1", "v2", "v3"} {
+			a.create(name, nil)
+		}
+		stuck := filepath.Dir(a.mount("v2", "id"))
+		a.mounter.SetHook(func(call, arg string) error {
+			if call == mount.CallUnmount && arg == stuck {
+				<-hang
+			}
+			return nil
+		})
+		c.settle(5 * time.Minute) // Docker lists no container: the Unmount was lost
+		a.mount("v1", "id")
+		a.mount("v3", "id")
+		c.settle(5 * time.Minute)
+		if m := a.kernel.Mounts(); len(m) != 1 {
+			t.Errorf("mounted %v, want only the one that hangs", m)
+		}
+		close(hang)
+		c.settle(5 * time.Minute)
+		c.wantNothing()
+	})
+}
