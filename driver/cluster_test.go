@@ -322,9 +322,7 @@ func (f *fakeDocker) Using(_ context.Context, volume string) ([]driver.Container
 // startPartitioned starts the process while etcd does not answer.
 func (n *node) startPartitioned() {
 	n.c.t.Helper()
-	noWait, cancel := context.WithCancel(context.Background())
-	cancel()
-	n.startWith(noWait, true)
+	n.startWith(canceled(), true)
 }
 
 func damageJournal(t *testing.T, stateDir string) {

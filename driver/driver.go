@@ -446,12 +446,13 @@ func (d *Driver) mountVolume(ctx context.Context, vol ownership.Volume, id strin
 }
 
 // acquireConfirmed takes the lock for a Mount. One that needs more than what is
-// mounted waits for the first comparison with etcd, without the lock, which the
-// comparison needs: until then leftovers are not told from the living.
+// mounted waits for the start to be over, without the lock, which that needs.
 func (d *Driver) acquireConfirmed(ctx context.Context, ds *dataset, name string) error {
 	select {
 	case <-d.confirmed:
-		return ds.acquire(ctx)
+		if d.cfg.Map.Live() == nil {
+			return ds.acquire(ctx)
+		}
 	default:
 	}
 	if err := ds.acquire(ctx); err != nil {
@@ -462,18 +463,27 @@ func (d *Driver) acquireConfirmed(ctx context.Context, ds *dataset, name string)
 		return nil
 	}
 	ds.unlock()
-	if err != nil {
-		return err
+	if err == nil {
+		err = d.awaitStart(ctx)
 	}
-	timeout := time.NewTimer(confirmWait)
-	defer timeout.Stop()
+	if err != nil {
+		return d.explain(name, err)
+	}
+	return ds.acquire(ctx)
+}
+
+// awaitStart waits for the first comparison with etcd, until which leftovers are
+// not told from the living, and for this node's first registration, without which
+// it may claim nothing.
+func (d *Driver) awaitStart(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, confirmWait)
+	defer cancel()
 	select {
 	case <-d.confirmed:
-		return ds.acquire(ctx)
-	case <-timeout.C:
+		return d.cfg.Map.Registered(ctx)
 	case <-ctx.Done():
+		return fmt.Errorf("%w: what is here was not compared with etcd yet since this plugin started", ownership.ErrUnavailable)
 	}
-	return d.explain(name, fmt.Errorf("%w: what is here was not compared with etcd yet since this plugin started", ownership.ErrUnavailable))
 }
 
 // confirmWait bounds how long a Mount waits for the start to be over.

@@ -1069,3 +1069,28 @@ func TestKilledInMountLeavesNoReference(t *testing.T) {
 		c.wantNothing()
 	})
 }
+
+// A container that starts with the host waits for the plugin's registration rather
+// than fail.
+func TestMountWaitsForTheRegistration(t *testing.T) {
+	inCluster(t, oneNode, nil, func(t *testing.T, c *cluster) {
+		a := c.nodes["a"]
+		a.create("db", nil)
+		c.settle(2 * time.Second)
+		a.kill()
+		c.settle(time.Minute)
+		a.startWith(canceled(), true)
+		a.etcd.Inject(func(call string) ownership.Fault { return ownership.Fault{Refused: call == "grant"} })
+		var wg sync.WaitGroup
+		wg.Go(func() { a.mount("db", "id1") })
+		c.settle(5 * time.Second)
+		a.etcd.Inject(nil)
+		wg.Wait()
+	})
+}
+
+func canceled() context.Context {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	return ctx
+}
