@@ -214,6 +214,7 @@ func (m *mounted) Path() string       { return m.v.Mountpoint }
 func (m *mounted) Mount(id string) (string, error) {
 	return m.d.Mount(context.Background(), m.v, id)
 }
+
 func (m *mounted) Unmount(id string) error {
 	return m.d.Unmount(context.Background(), m.v, id)
 }
