@@ -17,6 +17,7 @@ import (
 // TestSwarm is about services with volumes, in a Swarm of three hosts.
 func TestSwarm(t *testing.T) {
 	onEachEngine(t, func(t *testing.T, engine rig.Engine) {
+		t.Parallel() // they mostly wait
 		c := newCluster(t, rig.Config{Hosts: 3, Engine: engine}, contested)
 		if err := c.Swarm(t.Context()); err != nil {
 			t.Fatal(err)
@@ -24,6 +25,7 @@ func TestSwarm(t *testing.T) {
 		t.Run("readme", c.testSwarmReadme)
 		t.Run("update", c.testSwarmUpdate)
 		t.Run("volume per replica", c.testSwarmTemplate)
+		t.Run("node reboots", c.testSwarmReboot)
 		c.wantClean(t)
 		c.wantIdle(t)
 	})
@@ -75,15 +77,15 @@ func (c *cluster) testSwarmUpdate(t *testing.T) {
 		t.Errorf("status %v, want the size of the volume-opt", got)
 	}
 	last := 0
-	for range 2 {
+	for _, update := range []string{"--force", "--constraint-add=node.hostname!=" + first.h.Name} {
 		within(t, 10*time.Second, "it writes", func() error { return first.has(t, `\n.*\n`) })
 		last = first.count(t)
-		manager.Run(t, "service", "update", "--force", "app")
+		manager.Run(t, "service", "update", update, "app")
 		again := c.running(t, "app")[0]
 		if again.container == first.container {
-			t.Fatalf("the task is the same, %s", again.container)
+			t.Fatalf("after %s the task is the same, %s", update, again.container)
 		}
-		t.Logf("updated: from %s to %s", first.h.Name, again.h.Name)
+		t.Logf("update %s: from %s to %s", update, first.h.Name, again.h.Name)
 		if got := again.count(t); got < last {
 			t.Errorf("the new task sees %d numbers, want at least %d", got, last)
 		}
@@ -136,6 +138,46 @@ func (c *cluster) testSwarmTemplate(t *testing.T) {
 		}
 		c.removeWhenIdle(t, volume)
 	}
+}
+
+// testSwarmReboot cuts the power of the node that runs a task. Swarm starts the
+// task elsewhere, where it is refused its volume until the node is back.
+func (c *cluster) testSwarmReboot(t *testing.T) {
+	manager := c.Hosts[0]
+	manager.Run(t, "service", "create", "--name", "db", "--constraint", "node.hostname!=host1", "--restart-delay", "1s",
+		"--mount", "type=volume,source=db,target=/data,volume-driver=flocker", "busybox", "sh", "-c", writer)
+	first := c.running(t, "db")[0]
+	within(t, 10*time.Second, "it writes", func() error { return first.has(t, `\n.*\n`) })
+	last := first.count(t)
+	if err := first.h.Kill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	want := fmt.Sprintf("volume db is owned by host %s, which has not been heard from", first.h.Name)
+	within(t, time.Minute, "the task is refused elsewhere", func() error {
+		errors := manager.Run(t, "service", "ps", "db", "--no-trunc", "--format", "{{.Error}}")
+		if !strings.Contains(errors, want) {
+			return fmt.Errorf("service ps shows the errors %q, want %q", errors, want)
+		}
+		return nil
+	})
+	if err := first.h.Boot(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	var again swarmTask
+	within(t, 90*time.Second, "the task has its volume again", func() error {
+		for _, again = range c.running(t, "db") {
+			if again.container != first.container {
+				return nil
+			}
+		}
+		return fmt.Errorf("running is %v", again)
+	})
+	t.Logf("rebooted: from %s to %s", first.h.Name, again.h.Name)
+	if got := again.count(t); got < last {
+		t.Errorf("the new task sees %d numbers, want at least %d", got, last)
+	}
+	manager.Run(t, "service", "rm", "db")
+	c.removeWhenIdle(t, "db")
 }
 
 // A swarmTask is a running task of a service.
