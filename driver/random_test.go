@@ -26,7 +26,7 @@ import (
 
 var (
 	firstSeed = flag.Int("seed", 1, "the first seed of TestRandom")
-	seeds     = flag.Int("seeds", 16, "how many seeds TestRandom runs")
+	seeds     = flag.Int("seeds", 12, "how many seeds TestRandom runs")
 )
 
 // Three nodes do what users, Docker and bad luck make them do, at random: the
@@ -44,8 +44,8 @@ func TestRandom(t *testing.T) {
 		t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
 			inCluster(t, []string{"a", "b", "c"}, nil, func(t *testing.T, c *cluster) {
 				w := newWorld(t, c, uint64(seed))
-				for step := range 250 {
-					w.step(step)
+				for range 250 {
+					w.step()
 					if w.check(); t.Failed() {
 						break
 					}
@@ -153,7 +153,7 @@ func (h *host) live(cfg *driver.Config) {
 		// A Mount that fails leaves nothing mounted, so that is not one of these.
 		return when((call == mount.CallFormat || call == mount.CallClose) && w.chance(&h.kernelMode), errors.New("the kernel lost "+call))
 	})
-	h.etcd.Inject(func(call string) ownership.Fault {
+	h.etcd.Inject(func(string) ownership.Fault {
 		p.exitIfDead()
 		switch n := w.intN(100); {
 		case h.etcdMode.Load() == etcdAway:
@@ -289,7 +289,7 @@ func (h *host) do(limit time.Duration, what string, f func(ctx context.Context, 
 }
 
 // step lets something happen, and some time pass.
-func (w *world) step(n int) {
+func (w *world) step() {
 	h := w.hosts[w.intN(len(w.hosts))]
 	volume := []string{"v1", "v2"}[w.intN(2)]
 	switch n := w.intN(100); {
