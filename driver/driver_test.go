@@ -768,7 +768,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 
 // A claim whose reply is lost is found again, by operation id.
 func TestLostRepliesOfEtcd(t *testing.T) {
-	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
+	inCluster(t, twoNodes, nil, func(_ *testing.T, c *cluster) {
 		a, b := c.nodes["a"], c.nodes["b"]
 		var calls atomic.Int64
 		lossy := func(call string) ownership.Fault {
@@ -1073,7 +1073,7 @@ func TestKilledInMountLeavesNoReference(t *testing.T) {
 // A container that starts with the host waits for the plugin's registration rather
 // than fail.
 func TestMountWaitsForTheRegistration(t *testing.T) {
-	inCluster(t, oneNode, nil, func(t *testing.T, c *cluster) {
+	inCluster(t, oneNode, nil, func(_ *testing.T, c *cluster) {
 		a := c.nodes["a"]
 		a.create("db", nil)
 		c.settle(2 * time.Second)
