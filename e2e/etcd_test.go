@@ -101,7 +101,9 @@ func TestEtcdAway(t *testing.T) {
 			if err := two.KillDockerd(ctx); err != nil {
 				t.Fatal(err)
 			}
-			startAfterKill(t, two)
+			if err := two.StartDockerd(ctx); err != nil {
+				t.Fatal(err)
+			}
 			// rm -f has made Docker forget its own record of it, and nothing else.
 			if got, want := two.Run(t, "volume", "inspect", "--format", "{{.Driver}} {{.Status.filesystem}} {{.Status.stale}}", "known"), "flocker:latest btrfs true"; got != want {
 				t.Errorf("after two restarts: %s, want %s", got, want)
