@@ -233,8 +233,9 @@ func (h *host) slowMkfs(delay time.Duration) (running string, quick func()) {
 	h.t.Helper()
 	running = filepath.Join(h.dir, "running")
 	script := filepath.Join(h.dir, "bin", "mkfs.ext4")
-	// When the plugin is dead, the device's number may be another volume's.
-	text := fmt.Sprintf("#!/bin/sh\necho $$ >%[1]s.new && mv %[1]s.new %[1]s\nsleep %v >/dev/null 2>&1\n"+
+	// When the plugin is dead, the device's number may be another volume's. A real mkfs
+	// has no children that could outlive it with the device open, which is descriptor 3.
+	text := fmt.Sprintf("#!/bin/sh\necho $$ >%[1]s.new && mv %[1]s.new %[1]s\nsleep %v >/dev/null 2>&1 3>&-\n"+
 		"kill -0 $PPID 2>/dev/null && exec /sbin/mkfs.ext4 \"$@\"\n", running, delay.Seconds())
 	if err := os.WriteFile(script, []byte(text), 0o700); err != nil {
 		h.t.Fatal(err)
