@@ -276,15 +276,20 @@ func TestLostUnmountIsNoticed(t *testing.T) {
 
 // With Docker unreachable the references of this epoch count, however old.
 func TestReferencesCountWhileDockerIsAway(t *testing.T) {
-	inCluster(t, oneNode, nil, func(t *testing.T, c *cluster) {
+	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
 		a := c.nodes["a"]
 		a.create("db", nil)
 		a.mount("db", "id1")
+		a.docker.set("db", "web")
+		c.settle(10 * time.Second)
 		a.docker.setDown(true)
 		c.settle(10 * time.Minute)
 		if s := a.status("db"); s["state"] != "mounted" {
 			t.Fatalf("state %v, want mounted", s["state"])
 		}
+		// What Docker said last is better than nothing.
+		_, err := c.nodes["b"].Mount(t.Context(), "db", "id2")
+		wantError(t, err, "in use on host a by container web")
 	})
 }
 
@@ -608,6 +613,7 @@ func TestCreateRefusals(t *testing.T) {
 			{"v", map[string]string{"size": "1k"}, []string{"too small", "least"}},
 			{"v", map[string]string{"fs": "ntfs"}, []string{"option fs", "ext4, xfs"}},
 			{"v", map[string]string{"fs": "xfs", "size": "20M"}, []string{"too small for xfs", "300MiB"}},
+			{"v", map[string]string{"fs": "btrfs", "size": "48M"}, []string{"too small for btrfs", "109MiB"}},
 			{"v", map[string]string{"mkfs": "-U random"}, []string{"option mkfs"}},
 			{"v", map[string]string{"mount": "bind"}, []string{"option mount"}},
 			{"v", map[string]string{"uid": "-1"}, []string{"option uid"}},

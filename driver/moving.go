@@ -302,7 +302,7 @@ func (d *Driver) inUse(ctx context.Context, ds *dataset) (busy, told bool, conta
 	case told:
 		return time.Since(ds.refs.youngest()) < settle, told, nil // else the Unmounts were lost
 	default:
-		return !d.doubtful(ds), told, nil
+		return !d.doubtful(ds), told, ds.snapshot.Load().containers // as of late
 	}
 }
 

@@ -322,14 +322,16 @@ func shorten(s string, n int) string {
 	return s[:n]
 }
 
-// MinSize is the smallest device, in bytes, a filesystem can be made on; 0 where
-// mkfs decides.
+// MinSize is the smallest device, in bytes, a filesystem can be made on: mkfs.xfs
+// and mkfs.btrfs refuse smaller ones.
 func MinSize(fs string) int64 {
 	switch fs {
 	case ext4:
 		return 4 * mib
 	case xfs:
 		return 300 * mib
+	case btrfs:
+		return 109 * mib
 	}
 	return 0
 }
