@@ -79,8 +79,8 @@ func (d *Driver) etcdSilent() bool {
 	return time.Since(d.silent) < time.Second
 }
 
-// List returns every volume of the cluster, or those this node remembers while
-// etcd is away.
+// List returns every volume of the cluster, without Status, which Docker would not
+// show; or those this node remembers while etcd is away.
 func (d *Driver) List(ctx context.Context) ([]Volume, error) {
 	var views []ownership.View
 	stale := d.etcdSilent()
@@ -104,15 +104,22 @@ func (d *Driver) List(ctx context.Context) ([]Volume, error) {
 		local[ds.id] = ds.snapshot.Load()
 	}
 	volumes := make([]Volume, 0, len(views))
+	add := func(vol ownership.Volume, here *snapshot) {
+		v := Volume{Name: vol.Name, CreatedAt: vol.Created}
+		if here != nil && here.mounted {
+			v.Mountpoint = d.mountpoint(vol.ID)
+		}
+		volumes = append(volumes, v)
+	}
 	for _, view := range views {
 		if view.Volume.Phase == ownership.PhaseDeleting {
 			continue
 		}
-		volumes = append(volumes, d.describe(view, local[view.Volume.ID], stale))
+		add(view.Volume, local[view.Volume.ID])
 		delete(local, view.Volume.ID)
 	}
 	for _, s := range local { // mounted here, gone from the records
-		volumes = append(volumes, d.describe(ownership.View{Volume: s.vol}, s, stale))
+		add(s.vol, s)
 	}
 	slices.SortFunc(volumes, func(a, b Volume) int { return strings.Compare(a.Name, b.Name) })
 	return volumes, nil
