@@ -17,7 +17,9 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
+	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
+	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 )
@@ -36,6 +38,8 @@ type etcdConfig struct {
 	// Listen is the host:port to serve other hosts on, without TLS; empty is this
 	// host only.
 	Listen string
+	// Ready, if set, gets a client that needs no socket.
+	Ready func(*clientv3.Client)
 	// Log gets its errors.
 	Log *logrus.Entry
 }
@@ -89,6 +93,9 @@ func startEtcd(ctx context.Context, cfg etcdConfig) (endpoint string, stop func(
 		select {
 		case <-e.Server.ReadyNotify():
 			log.ready.Store(true)
+			if cfg.Ready != nil {
+				cfg.Ready(v3client.New(e.Server))
+			}
 			return endpoint, stop, nil
 		case reason := <-log.given:
 			return "", nil, giveUp(cfg.Dir, reason)

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
+	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/flocker-plugin/flocker/backends"
 	"github.com/flocker-plugin/flocker/driver"
@@ -24,6 +25,7 @@ func start(ctx context.Context, s settings, srv *server, log *logrus.Entry) {
 		return
 	}
 	endpoints := s.EtcdEndpoints
+	var dial func(context.Context) (*clientv3.Client, error)
 	if len(endpoints) == 0 {
 		endpoint, failed := etcdEndpoint(s.EtcdListen)
 		if failed != nil {
@@ -32,12 +34,21 @@ func start(ctx context.Context, s settings, srv *server, log *logrus.Entry) {
 		}
 		endpoints = []string{endpoint}
 		// The driver does not wait for it: what is mounted is served without etcd.
-		defer etcdInside(ctx, s, log)()
+		inside := make(chan *clientv3.Client, 1)
+		defer etcdInside(ctx, s, log, inside)()
+		dial = func(ctx context.Context) (*clientv3.Client, error) {
+			select {
+			case client := <-inside:
+				return client, nil
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			}
+		}
 	}
 	store, err := persist(ctx, log, "etcd client", func() (*ownership.Etcd, error) {
 		return ownership.NewEtcd(ownership.EtcdConfig{
 			Endpoints: endpoints, CAFile: s.EtcdCACert, CertFile: s.EtcdCert, KeyFile: s.EtcdKey,
-			User: s.EtcdUser, PasswordFile: s.EtcdPasswordFile,
+			User: s.EtcdUser, PasswordFile: s.EtcdPasswordFile, Dial: dial,
 		})
 	})
 	if err != nil {
@@ -81,13 +92,15 @@ func start(ctx context.Context, s settings, srv *server, log *logrus.Entry) {
 }
 
 // etcdInside runs the etcd inside the plugin until stop is called, which is after
-// those who use it have ended.
-func etcdInside(ctx context.Context, s settings, log *logrus.Entry) (stop func()) {
+// those who use it have ended. It sends one client for it.
+func etcdInside(ctx context.Context, s settings, log *logrus.Entry, inside chan<- *clientv3.Client) (stop func()) {
 	end, ended := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(ended)
 		stopEtcd, err := persist(ctx, log, "etcd", func() (func(), error) {
-			_, stopEtcd, err := startEtcd(ctx, etcdConfig{Dir: s.EtcdDir, Listen: s.EtcdListen, Log: log})
+			_, stopEtcd, err := startEtcd(ctx, etcdConfig{
+				Dir: s.EtcdDir, Listen: s.EtcdListen, Log: log, Ready: func(c *clientv3.Client) { inside <- c },
+			})
 			return stopEtcd, err
 		})
 		if err != nil {

@@ -29,11 +29,17 @@ type EtcdConfig struct {
 	CAFile, CertFile, KeyFile string
 	// User and PasswordFile authenticate this node.
 	User, PasswordFile string
+	// Dial, if set, is how to reach an etcd in this process instead, without a
+	// socket in between; Endpoints are then for error texts. It waits for etcd until
+	// ctx ends, and is not called again after it has returned a client, which the
+	// Etcd closes.
+	Dial func(ctx context.Context) (*clientv3.Client, error)
 }
 
 // Etcd is the Store on an etcd cluster.
 type Etcd struct {
 	config clientv3.Config
+	dial   func(ctx context.Context) (*clientv3.Client, error)
 	where  string
 
 	mu     chan struct{} // held while it has an element; authentication takes time
@@ -82,7 +88,11 @@ func NewEtcd(cfg EtcdConfig) (*Etcd, error) {
 	if config.Username = cfg.User; (config.Username == "") != (config.Password == "") {
 		return nil, errors.New("etcd needs both a user and a password file, or neither")
 	}
-	return &Etcd{config: config, where: strings.Join(cfg.Endpoints, ", "), mu: make(chan struct{}, 1)}, nil
+	e := &Etcd{config: config, dial: cfg.Dial, where: strings.Join(cfg.Endpoints, ", "), mu: make(chan struct{}, 1)}
+	if e.dial == nil {
+		e.dial = func(context.Context) (*clientv3.Client, error) { return clientv3.New(e.config) }
+	}
+	return e, nil
 }
 
 func clientTLS(cfg EtcdConfig) (*tls.Config, error) {
@@ -129,7 +139,7 @@ func (e *Etcd) connect(ctx context.Context) (*clientv3.Client, error) {
 		return nil, errors.New("connection to etcd is closed")
 	}
 	if e.client == nil {
-		client, err := clientv3.New(e.config)
+		client, err := e.dial(ctx)
 		if err != nil {
 			return nil, e.wrap(err)
 		}

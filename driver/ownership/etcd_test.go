@@ -15,6 +15,8 @@ import (
 	"github.com/google/uuid"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
+	"go.etcd.io/etcd/server/v3/etcdserver"
+	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
 
 	"github.com/flocker-plugin/flocker/driver/ownership"
 	"github.com/flocker-plugin/flocker/driver/ownership/ownershiptest"
@@ -23,6 +25,12 @@ import (
 // startEtcd runs a real etcd in this process until the test ends, and returns
 // its address.
 func startEtcd(tb testing.TB, dir string) string {
+	tb.Helper()
+	_, endpoint := startServer(tb, dir)
+	return endpoint
+}
+
+func startServer(tb testing.TB, dir string) (*etcdserver.EtcdServer, string) {
 	tb.Helper()
 	_, isBenchmark := tb.(*testing.B)
 	cfg := embed.NewConfig()
@@ -47,7 +55,7 @@ func startEtcd(tb testing.TB, dir string) string {
 	case <-time.After(30 * time.Second):
 		tb.Fatal("etcd is not ready after 30s")
 	}
-	return client.Host
+	return server.Server, client.Host
 }
 
 func freeURL(tb testing.TB) url.URL {
@@ -71,6 +79,25 @@ func connect(tb testing.TB, endpoint string) *ownership.Etcd {
 
 func TestEtcd(t *testing.T) {
 	endpoint := startEtcd(t, t.TempDir())
+	testEtcd(t, endpoint, func() ownership.Store { return connect(t, endpoint) })
+}
+
+// An etcd in the same process, reached without a socket.
+func TestEtcdInside(t *testing.T) {
+	server, endpoint := startServer(t, t.TempDir())
+	testEtcd(t, endpoint, func() ownership.Store {
+		store, err := ownership.NewEtcd(ownership.EtcdConfig{
+			Endpoints: []string{endpoint},
+			Dial:      func(context.Context) (*clientv3.Client, error) { return v3client.New(server), nil },
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return store
+	})
+}
+
+func testEtcd(t *testing.T, endpoint string, connect func() ownership.Store) {
 	raw, err := clientv3.New(clientv3.Config{Endpoints: []string{endpoint}})
 	if err != nil {
 		t.Fatal(err)
@@ -95,7 +122,7 @@ func TestEtcd(t *testing.T) {
 			count++
 			return ownershiptest.Cluster{
 				Prefix:  fmt.Sprintf("/test%d", count),
-				Connect: func() ownership.Store { return connect(t, endpoint) },
+				Connect: connect,
 				Compact: compact,
 			}
 		}})
