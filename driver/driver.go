@@ -524,27 +524,35 @@ func (d *Driver) Unmount(ctx context.Context, name, id string) error {
 		return nil
 	}
 	ds.refs.drop(id)
-	saved := d.save(ds.record(d.cfg.Node.Boot))
-	defer func() {
-		if err := saved(); err != nil {
-			d.log.WithField("volume", name).Warn(err)
+	log := d.log.WithField("volume", name)
+	save := func() {
+		if err := d.journal.save(ds.record(d.cfg.Node.Boot)); err != nil {
+			log.Warn(err)
 		}
-	}()
+	}
 	if ds.refs.total() > 0 {
+		save()
 		return nil
 	}
+	// Closing flushes the disk, which would wait for what was just written there.
 	err := d.closeFilesystem(ctx, ds)
-	if errors.Is(err, mount.ErrBusy) {
-		d.log.WithField("volume", name).Infof("still open: %v", err)
-		d.retry(ds)
+	switch {
+	case err == nil && d.linger(ds) == 0:
+		// The detach that follows at once writes the record.
+		d.tidySoon(ds)
+		return nil
+	case err == nil:
+		save()
+		d.tidySoon(ds)
 		return nil
 	}
-	if err != nil {
-		d.retry(ds)
-		return err
+	save()
+	d.retry(ds)
+	if errors.Is(err, mount.ErrBusy) {
+		log.Infof("still open: %v", err)
+		return nil
 	}
-	d.tidySoon(ds)
-	return nil
+	return err
 }
 
 // save writes a record to the journal, during what the caller does until it asks how

@@ -308,20 +308,23 @@ func backOff(attempts int, most time.Duration) time.Duration {
 	return min(time.Second<<min(attempts-1, 10), most)
 }
 
-// tidySoon schedules tidy for a volume nothing refers to: after the linger, or at
-// once if a node waits or the backend attaches cheaply.
+// tidySoon schedules tidy for a volume nothing refers to.
 func (d *Driver) tidySoon(ds *dataset) {
-	if ds.idle() || ds.refs.total() > 0 {
-		return
+	if !ds.idle() && ds.refs.total() == 0 {
+		d.schedule(ds, d.linger(ds))
 	}
-	delay := d.cfg.Linger
-	if backend, err := d.backend(ds.vol.Backend); err == nil && backend.Properties().CheapAttach {
-		delay = 0
-	}
+}
+
+// linger is how long an idle volume stays: not at all if a node waits or the
+// backend attaches cheaply.
+func (d *Driver) linger(ds *dataset) time.Duration {
 	if len(d.waitingFor(ds.id)) > 0 {
-		delay = 0
+		return 0
 	}
-	d.schedule(ds, delay)
+	if backend, err := d.backend(ds.vol.Backend); err == nil && backend.Properties().CheapAttach {
+		return 0
+	}
+	return d.cfg.Linger
 }
 
 // reconcile confirms what was restored as soon as etcd answers, then looks at
