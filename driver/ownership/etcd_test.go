@@ -116,7 +116,7 @@ func testEtcd(t *testing.T, endpoint string, connect func() ownership.Store) {
 	count := 0
 	// The cases run in parallel; the group ends before etcd does.
 	t.Run("Suite", func(t *testing.T) {
-		ownershiptest.Run(t, ownershiptest.Config{New: func(t *testing.T) ownershiptest.Cluster {
+		ownershiptest.Run(t, ownershiptest.Config{New: func(*testing.T) ownershiptest.Cluster {
 			mu.Lock()
 			defer mu.Unlock()
 			count++
