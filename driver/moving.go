@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"github.com/flocker-plugin/flocker/driver/mount"
@@ -287,51 +288,46 @@ func (d *Driver) suspect(ds *dataset, err error) {
 	d.suspects[ds.id] = time.Now()
 }
 
-// inUse says whether containers use a volume, and their names if Docker tells.
-// It is asked in the background only: Docker may be waiting for us otherwise. A
-// false answer means "try to close it": the exclusive open decides. Then told says
-// whether Docker was asked, or the references are merely old.
-func (d *Driver) inUse(ctx context.Context, ds *dataset) (busy, told bool, containers []string) {
-	if ds.refs.total() == 0 {
-		return false, true, nil
-	}
-	names, told := d.askDocker(ctx, ds)
-	switch {
-	case len(names) > 0:
-		return true, told, names
-	case told:
-		return time.Since(ds.refs.youngest()) < settle, told, nil // else the Unmounts were lost
-	default:
-		return !d.doubtful(ds), told, ds.snapshot.Load().containers // as of late
-	}
-}
-
-// doubtful says that every reference is of an earlier epoch and old: its Unmount
-// may have been lost with the process that was to hear of it.
-func (d *Driver) doubtful(ds *dataset) bool {
-	return !ds.refs.current(d.epoch.Load()) && time.Since(ds.refs.youngest()) >= settle
-}
-
-// askDocker returns the names of the containers that use a volume; known is false
-// if Docker could not be asked.
-func (d *Driver) askDocker(ctx context.Context, ds *dataset) (names []string, known bool) {
-	name := ds.snapshot.Load().vol.Name
-	if d.cfg.Docker == nil || name == "" {
-		return nil, false
-	}
-	containers, err := d.cfg.Docker.Using(ctx, name)
-	if err != nil {
-		return nil, false
-	}
-	names = containerNames(containers)
-	ds.setContainers(names)
-	return names, true
-}
-
 // jitter returns about d, between three and five quarters of it.
 func jitter(d time.Duration) time.Duration {
 	if d <= 0 {
 		return 0
 	}
 	return d*3/4 + rand.N(d/2+1)
+}
+
+func (d *Driver) setWaiting(requests []ownership.Request) {
+	waiting := map[string][]ownership.Request{}
+	for _, r := range requests {
+		waiting[r.Volume] = append(waiting[r.Volume], r)
+	}
+	for _, list := range waiting {
+		slices.SortFunc(list, func(a, b ownership.Request) int { return int(a.Revision - b.Revision) })
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.waiting = waiting
+}
+
+// waitingFor returns who waits for a volume of this node, oldest first.
+func (d *Driver) waitingFor(vid string) []ownership.Request {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.waiting[vid]
+}
+
+// toAnswer returns the volumes other nodes wait for, without those that are being
+// answered: who asks asks again, and many answers would keep Unmount from the
+// dataset's lock.
+func (d *Driver) toAnswer() []string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var vids []string
+	for vid := range d.waiting {
+		if !d.answering[vid] {
+			d.answering[vid] = true
+			vids = append(vids, vid)
+		}
+	}
+	return vids
 }

@@ -108,6 +108,19 @@ func (d *Driver) findAttachment(ctx context.Context, ds *dataset) error {
 	return nil
 }
 
+// locked does something to a volume in the background, with its lock: within a
+// minute, waiting for the lock included, or not at all.
+func (d *Driver) locked(ctx context.Context, vid string, do func(context.Context, *dataset)) {
+	ds, done := d.hold(vid)
+	defer done()
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	if ds.acquire(ctx) == nil {
+		defer ds.unlock()
+		do(ctx, ds)
+	}
+}
+
 // confirm compares what this node believes to own with etcd, once etcd answers.
 func (d *Driver) confirm(ctx context.Context) error {
 	owned, err := d.cfg.Map.Owned(ctx)
@@ -125,7 +138,7 @@ func (d *Driver) confirm(ctx context.Context) error {
 	}
 	d.sweep(ctx, tokens)
 	for vid := range tokens {
-		d.confirmVolume(ctx, vid)
+		d.locked(ctx, vid, d.confirmVolume)
 	}
 	return nil
 }
@@ -142,28 +155,25 @@ func (d *Driver) sweep(ctx context.Context, tokens map[string]int64) {
 			continue
 		}
 		for _, att := range attachments {
-			if token, ok := tokens[att.Volume]; !ok || token != att.Token {
-				d.dropForeign(ctx, backend, att)
+			if token, ok := tokens[att.Volume]; ok && token == att.Token || d.owns(att) {
+				continue
 			}
+			d.locked(ctx, att.Volume, func(ctx context.Context, ds *dataset) { d.dropForeign(ctx, ds, backend, att) })
 		}
 	}
+}
+
+// owns says, without the lock, that an attachment is of a volume's present token.
+func (d *Driver) owns(att backends.Attachment) bool {
+	ds, done := d.hold(att.Volume)
+	defer done()
+	return ds.snapshot.Load().token == att.Token
 }
 
 // dropForeign detaches an attachment that belongs to no present ownership, if
 // nobody has it open. One that is open stays, and blocks the volume, which is
 // what keeps its data whole.
-func (d *Driver) dropForeign(ctx context.Context, backend backends.Backend, att backends.Attachment) {
-	ds, done := d.hold(att.Volume)
-	defer done()
-	if ds.snapshot.Load().token == att.Token {
-		return // taken meanwhile
-	}
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
-	defer cancel()
-	if ds.acquire(ctx) != nil {
-		return
-	}
-	defer ds.unlock()
+func (d *Driver) dropForeign(ctx context.Context, ds *dataset, backend backends.Backend, att backends.Attachment) {
 	if ds.token == att.Token {
 		return // taken meanwhile, or to be confirmed as lost
 	}
@@ -189,16 +199,8 @@ func (d *Driver) dropForeign(ctx context.Context, backend backends.Backend, att 
 }
 
 // confirmVolume settles one volume, by what etcd says now that its lock is held.
-func (d *Driver) confirmVolume(ctx context.Context, vid string) {
-	ds, done := d.hold(vid)
-	defer done()
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
-	defer cancel()
-	if ds.acquire(ctx) != nil {
-		return
-	}
-	defer ds.unlock()
-	view, err := d.cfg.Map.View(ctx, vid)
+func (d *Driver) confirmVolume(ctx context.Context, ds *dataset) {
+	view, err := d.cfg.Map.View(ctx, ds.id)
 	if err != nil && !errors.Is(err, ownership.ErrNotFound) {
 		return // tidy asks again before it does anything
 	}
@@ -248,15 +250,7 @@ func (d *Driver) lose(ctx context.Context, ds *dataset) {
 // tidy is one level-triggered look at one volume: it takes down what nothing
 // refers to. It runs after the linger, after a failure with back-off, and from
 // the periodic reconcile.
-func (d *Driver) tidy(ctx context.Context, vid string) {
-	ds, done := d.hold(vid)
-	defer done()
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
-	defer cancel()
-	if ds.acquire(ctx) != nil {
-		return
-	}
-	defer ds.unlock()
+func (d *Driver) tidy(ctx context.Context, ds *dataset) {
 	if ds.idle() {
 		return
 	}
@@ -365,7 +359,7 @@ func (d *Driver) reconcile(ctx context.Context) {
 			}
 		}
 		for _, vid := range d.suspected() {
-			d.giveBack(ctx, vid)
+			d.locked(ctx, vid, d.giveBack)
 		}
 	}
 }
@@ -382,15 +376,7 @@ func (d *Driver) suspected() []string {
 }
 
 // giveBack frees a volume that became this node's by a claim nobody waits for.
-func (d *Driver) giveBack(ctx context.Context, vid string) {
-	ds, done := d.hold(vid)
-	defer done()
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
-	defer cancel()
-	if ds.acquire(ctx) != nil {
-		return
-	}
-	defer ds.unlock()
+func (d *Driver) giveBack(ctx context.Context, ds *dataset) {
 	if ds.token == 0 {
 		d.adopt(ctx, ds)
 		d.tidySoon(ds)
@@ -413,11 +399,11 @@ func (d *Driver) recheck(ctx context.Context, vid string) {
 	if ds.acquire(soon) != nil {
 		return // whoever has it may be stuck, which must not hold up the others
 	}
+	defer ds.unlock()
 	if ds.token != 0 && errors.Is(d.cfg.Map.Check(bounded, vid, ds.token), ownership.ErrLost) {
 		d.lose(bounded, ds)
 	}
-	ds.unlock()
-	d.tidy(ctx, vid)
+	d.tidy(bounded, ds)
 }
 
 // sleep waits, and says whether ctx is still alive.
@@ -452,7 +438,7 @@ func (d *Driver) refresh(ctx context.Context) {
 		}
 		tokens[view.Volume.ID] = view.Owner.Token
 		if !local[view.Volume.ID] {
-			d.giveBack(ctx, view.Volume.ID)
+			d.locked(ctx, view.Volume.ID, d.giveBack)
 		}
 	}
 	d.sweep(ctx, tokens)

@@ -1,0 +1,237 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/driver/mount"
+	"github.com/flocker-plugin/flocker/driver/ownership"
+)
+
+// Create makes a volume, once in the cluster however many nodes ask for it. A
+// volume of that name that has every option given is fine.
+func (d *Driver) Create(ctx context.Context, name string, options map[string]string) error {
+	vol, err := d.parse(name, options)
+	if err != nil {
+		return err
+	}
+	for try := 1; ; try++ {
+		stored, created, err := d.cfg.Map.Create(ctx, vol)
+		if err != nil {
+			return d.explain(name, err)
+		}
+		if !created {
+			if err := d.sameOptions(stored, vol, options); err != nil {
+				return err
+			}
+		}
+		if stored.Phase == ownership.PhaseCreating {
+			stored, err = d.finishCreate(ctx, stored)
+		}
+		switch {
+		case err == nil:
+			d.remember(stored)
+			return nil
+		case created:
+			return d.undoCreate(ctx, stored, err)
+		case errors.Is(err, ownership.ErrNotFound) && try < 3:
+			// The node that recorded it could not make its storage, and undid that.
+		default:
+			return err
+		}
+	}
+}
+
+// finishCreate makes the storage of a volume that is recorded, by whichever node
+// gets here: the dataset's id is the idempotency key.
+func (d *Driver) finishCreate(ctx context.Context, vol ownership.Volume) (ownership.Volume, error) {
+	backend, err := d.backend(vol.Backend)
+	if err != nil {
+		return vol, err
+	}
+	made, err := backend.Create(ctx, backends.CreateRequest{
+		ID: vol.ID, Name: vol.Name, Cluster: d.cfg.Map.Cluster(),
+		Size: vol.Size, Profile: vol.Profile, Options: vol.Options,
+	})
+	if err != nil {
+		return vol, fmt.Errorf("create volume %s: %w", vol.Name, err)
+	}
+	ready := vol
+	ready.Ref, ready.Size = made.Ref, made.Size
+	if ready, err = d.cfg.Map.Ready(ctx, ready); errors.Is(err, ownership.ErrNotFound) {
+		// Removed meanwhile, perhaps by somebody who saw no storage yet. Its id is not
+		// used again.
+		d.background(func(ctx context.Context) { d.discard(ctx, backend, vol.Name, made.Ref) })
+	}
+	if err != nil {
+		return vol, d.explain(vol.Name, err)
+	}
+	return ready, nil
+}
+
+// discard deletes storage that is no volume's, until it is gone.
+func (d *Driver) discard(ctx context.Context, backend backends.Backend, name, ref string) {
+	for wait := time.Second; ; wait = min(2*wait, 5*time.Minute) {
+		bounded, cancel := context.WithTimeout(ctx, undoTimeout)
+		err := backend.Delete(bounded, ref)
+		cancel()
+		if err == nil || errors.Is(err, backends.ErrNotFound) {
+			return
+		}
+		d.log.WithField("volume", name).Warnf("its storage %s is left, and no volume's any more: %v", ref, err)
+		if !sleep(ctx, jitter(wait)) {
+			return
+		}
+	}
+}
+
+// undoCreate removes a volume whose storage could not be made, unless another
+// node succeeded meanwhile.
+func (d *Driver) undoCreate(ctx context.Context, vol ownership.Volume, cause error) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+	defer cancel()
+	tombstone, err := d.cfg.Map.Delete(ctx, vol, 0)
+	if errors.Is(err, ownership.ErrConflict) {
+		return cause
+	}
+	if err == nil {
+		err = d.destroy(ctx, tombstone)
+	}
+	if err != nil {
+		return errors.Join(cause, fmt.Errorf("undo: %w", err))
+	}
+	return cause
+}
+
+// destroy removes the storage behind a tombstone and then the tombstone.
+func (d *Driver) destroy(ctx context.Context, tombstone ownership.Volume) error {
+	backend, err := d.backend(tombstone.Backend)
+	if err != nil {
+		return err
+	}
+	ref := tombstone.Ref
+	if ref == "" {
+		// Recorded, but its storage was never confirmed: there may be some.
+		volumes, err := backend.List(ctx)
+		if err != nil {
+			return err
+		}
+		for _, v := range volumes {
+			if v.ID == tombstone.ID {
+				ref = v.Ref
+			}
+		}
+	}
+	if ref != "" {
+		if err := backend.Delete(ctx, ref); err != nil && !errors.Is(err, backends.ErrNotFound) {
+			return err
+		}
+	}
+	return d.cfg.Map.Purge(ctx, tombstone)
+}
+
+// Remove destroys a volume and its data, unless it is in use on any node. A
+// volume that does not exist is removed already.
+func (d *Driver) Remove(ctx context.Context, name string) error {
+	if err := validName(name); err != nil {
+		return err
+	}
+	for try := 1; ; try++ {
+		err := d.removeOnce(ctx, name)
+		switch {
+		case errors.Is(err, ownership.ErrNotFound):
+			d.forget(name)
+			return d.removeForgotten(ctx, name)
+		case errors.Is(err, ownership.ErrConflict) && try < 3:
+			continue // its record changed meanwhile: look again
+		case errors.Is(err, ownership.ErrUnavailable):
+			return fmt.Errorf("%w; the volume was not removed", err)
+		default:
+			return err
+		}
+	}
+}
+
+func (d *Driver) removeOnce(ctx context.Context, name string) error {
+	known, _ := d.recall(name)
+	view, err := d.cfg.Map.LookupKnown(ctx, name, known.ID)
+	if err != nil {
+		return d.explain(name, err)
+	}
+	ds, done := d.hold(view.Volume.ID)
+	defer done()
+	if err := ds.acquire(ctx); err != nil {
+		return err
+	}
+	defer ds.unlock()
+	if ds.lost != "" {
+		return fmt.Errorf("volume %s cannot be removed: %s", name, ds.lost)
+	}
+	if ds.refs.total() > 0 && !d.doubtful(ds) {
+		return inUseHere(name, d.cfg.Node.Host, ds.snapshot.Load().containers)
+	}
+	if view.Volume.Revision > ds.vol.Revision { // it was read before the lock was taken
+		ds.vol = view.Volume
+	}
+	if view.Owner != nil && ds.token == 0 {
+		if err := d.claim(ctx, ds, "remove"); err != nil {
+			return err
+		}
+		if err := d.findAttachment(ctx, ds); err != nil {
+			return err
+		}
+	}
+	if err := d.closeFilesystem(ctx, ds); err != nil {
+		d.tidySoon(ds)
+		if errors.Is(err, mount.ErrBusy) {
+			return fmt.Errorf("%w: %w", inUseHere(name, d.cfg.Node.Host, nil), err)
+		}
+		return err
+	}
+	if err := d.detach(ctx, ds); err != nil {
+		d.tidySoon(ds)
+		return err
+	}
+	tombstone, err := d.cfg.Map.Delete(ctx, ds.vol, ds.token)
+	if err != nil {
+		ds.doubt = true
+		d.tidySoon(ds)
+		if held, ok := errors.AsType[*ownership.HeldError](err); ok {
+			return fmt.Errorf("%w; it was not removed", held)
+		}
+		return d.explain(name, err)
+	}
+	d.disown(ds)
+	d.forget(name)
+	if err := d.destroy(ctx, tombstone); err != nil {
+		// The name is free and nobody can mount it; reconcile tries again.
+		d.log.WithField("volume", name).Warnf("removed, but its storage is not yet: %v", err)
+	}
+	return nil
+}
+
+// removeForgotten answers for a volume the cluster has no record of: removed
+// already, unless this host has it still open.
+func (d *Driver) removeForgotten(ctx context.Context, name string) error {
+	local := d.byName(name)
+	if local == nil {
+		return nil
+	}
+	ds, done := d.hold(local.id)
+	defer done()
+	if err := ds.acquire(ctx); err != nil {
+		return err
+	}
+	defer ds.unlock()
+	if ds.att == nil && !ds.mounted && !ds.unseen {
+		return nil
+	}
+	return fmt.Errorf("volume %s is gone from the cluster's records but still open on this host; stop its containers", name)
+}
+
+func inUseHere(name, host string, containers []string) error {
+	return &ownership.BusyError{Volume: name, Reply: ownership.Reply{Host: host, Busy: true, Containers: containers}}
+}
