@@ -102,7 +102,7 @@ test: deps engine plugin ## everything, with what it needs
 .PHONY: test-unit
 test-unit: ## all but the tests with Docker hosts
 	$(GO) test -race -timeout 15m ./...
-	for dir in $(MODULES); do (cd $$dir && $(GO) test -race -timeout 10m ./...) || exit; done
+	for dir in $(MODULES); do (cd $$dir && $(GO) test -race -count 1 -timeout 10m ./...) || exit; done
 
 .PHONY: test-e2e
 test-e2e: ## the tests with Docker hosts; RUN=TestName for some of them
