@@ -1100,3 +1100,28 @@ func canceled() context.Context {
 	cancel()
 	return ctx
 }
+
+// An ownership whose former owner is not known to be cut off is neither used nor
+// given away.
+func TestUnfinishedTakeoverIsLeftAlone(t *testing.T) {
+	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
+		a := c.nodes["a"]
+		a.create("db", nil)
+		vid := a.status("db")["id"].(string)
+		key := "/flocker/v1/own/" + vid
+		value := fmt.Sprintf(`{"volume":%q,"node":%q,"host":"a","boot":"boot-1","op":"x","pending":{"node":"b","boot":"boot-1","token":3}}`, vid, a.id.ID)
+		_, err := c.etcd.Client().Txn(t.Context(), ownership.Txn{
+			Then: []ownership.Op{{Kind: ownership.OpPut, Key: key, Value: []byte(value)}},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = a.Mount(t.Context(), "db", "id1")
+		wantError(t, err, "its takeover from node b is not finished")
+		a.restart()
+		c.settle(10 * time.Minute)
+		if kvs := c.etcd.Keys(key); len(kvs) != 1 || string(kvs[0].Value) != value {
+			t.Errorf("the ownership is now %v", kvs)
+		}
+	})
+}

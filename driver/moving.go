@@ -64,6 +64,9 @@ func (d *Driver) claim(ctx context.Context, ds *dataset, purpose string) error {
 // takeUp continues an ownership of this node that this process knows nothing of:
 // with its attachment if there is one, else under a new token.
 func (d *Driver) takeUp(ctx context.Context, ds *dataset, owner ownership.Owner) error {
+	if err := unfenced(ds.vol.Name, owner); err != nil {
+		return err
+	}
 	ds.token = owner.Token
 	if err := d.findAttachment(ctx, ds); err != nil {
 		return err
@@ -76,11 +79,20 @@ func (d *Driver) takeUp(ctx context.Context, ds *dataset, owner ownership.Owner)
 
 // owned notes the token.
 func (d *Driver) owned(ds *dataset, owner ownership.Owner) error {
-	ds.token, ds.verified, ds.doubt = owner.Token, true, false
-	if owner.Pending != nil {
-		return fmt.Errorf("volume %s: its takeover from node %s is not finished", ds.vol.Name, owner.Pending.Node)
+	if err := unfenced(ds.vol.Name, owner); err != nil {
+		return err
 	}
+	ds.token, ds.verified, ds.doubt = owner.Token, true, false
 	return nil
+}
+
+// unfenced refuses an ownership whose former owner is not known to be cut off: it
+// may be neither used nor given away.
+func unfenced(name string, owner ownership.Owner) error {
+	if owner.Pending == nil {
+		return nil
+	}
+	return fmt.Errorf("volume %s: its takeover from node %s is not finished", name, owner.Pending.Node)
 }
 
 // ask requests the volume from its live owner and waits. again says to claim
@@ -268,7 +280,7 @@ func (d *Driver) answer(ctx context.Context, vid string) {
 // from a claim whose reply was lost or an earlier process.
 func (d *Driver) adopt(ctx context.Context, ds *dataset) {
 	view, err := d.cfg.Map.View(ctx, ds.id)
-	if err != nil || view.Owner == nil || view.Owner.Node != d.cfg.Node.ID {
+	if err != nil || view.Owner == nil || view.Owner.Node != d.cfg.Node.ID || view.Owner.Pending != nil {
 		return
 	}
 	ds.vol, ds.token, ds.verified = view.Volume, view.Owner.Token, true

@@ -205,7 +205,7 @@ func (d *Driver) confirmVolume(ctx context.Context, ds *dataset) {
 		return // tidy asks again before it does anything
 	}
 	token := int64(0)
-	if view.Owner != nil && view.Owner.Node == d.cfg.Node.ID {
+	if view.Owner != nil && view.Owner.Node == d.cfg.Node.ID && view.Owner.Pending == nil {
 		token, ds.vol = view.Owner.Token, view.Volume
 	}
 	log := d.log.WithField("volume", ds.vol.Name)
