@@ -299,28 +299,43 @@ func (d *Driver) Unmount(ctx context.Context, name, id string) error {
 		return nil
 	}
 	ds.refs.drop(id)
-	var err error
-	if ds.refs.total() == 0 {
-		// Before the record: closing flushes the disk, and would wait for it.
-		err = d.closeFilesystem(ctx, ds)
-	}
 	log := d.log.WithField("volume", name)
-	if ds.refs.total() > 0 || err != nil || d.linger(ds) > 0 {
-		// Else the detach that follows at once writes it.
+	save := func() {
 		if err := d.journal.save(ds.record(d.cfg.Node.Boot)); err != nil {
 			log.Warn(err)
 		}
 	}
-	if err == nil {
+	if ds.refs.total() > 0 {
+		save()
+		return nil
+	}
+	// Closing flushes the disk, which would wait for what was just written there.
+	err := d.closeFilesystem(ctx, ds)
+	switch {
+	case err == nil && d.linger(ds) == 0:
+		// The detach that follows at once writes the record.
+		d.tidySoon(ds)
+		return nil
+	case err == nil:
+		save()
 		d.tidySoon(ds)
 		return nil
 	}
+	save()
 	d.retry(ds)
 	if errors.Is(err, mount.ErrBusy) {
 		log.Infof("still open: %v", err)
 		return nil
 	}
 	return err
+}
+
+// save writes a record to the journal, during what the caller does until it asks how
+// that went. It must ask before the next save.
+func (d *Driver) save(r record) (saved func() error) {
+	done := make(chan error, 1)
+	go func() { done <- d.journal.save(r) }()
+	return func() error { return <-done }
 }
 
 // Path returns where a volume is mounted on this host, or "".

@@ -99,14 +99,6 @@ func (d *Driver) mount(ctx context.Context, ds *dataset, id string) (err error) 
 	return nil
 }
 
-// save writes a record to the journal, during what the caller does until it asks how
-// that went. It must ask before the next save.
-func (d *Driver) save(r record) (saved func() error) {
-	done := make(chan error, 1)
-	go func() { done <- d.journal.save(r) }()
-	return func() error { return <-done }
-}
-
 // isMounted asks the mount table whether the volume is mounted from the device
 // this node attached. A managed plugin that was disabled by force has lost its
 // mounts while containers keep theirs.
