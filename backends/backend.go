@@ -13,6 +13,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 )
 
 // Class says what keeps a node that is no longer the owner from writing, and so
@@ -47,6 +48,11 @@ type Properties struct {
 	// ExclusiveAttach says that Attach refuses a volume which another node has
 	// attached. It does not make the backend a fence: see Class.
 	ExclusiveAttach bool
+	// LateCalls is how long after it was sent a call may still take effect at the
+	// storage system although nobody waits for it any more, and cannot be told from
+	// a newer one: for a system that names an attachment by volume and node alone. 0
+	// where each attachment has an id of its own, or the calls are local.
+	LateCalls time.Duration
 	// Options are the backend's own create options, besides those every volume has.
 	Options []Option
 }
@@ -155,6 +161,38 @@ type Backend interface {
 // that returns the present size.
 type Resizer interface {
 	Resize(ctx context.Context, ref string, size int64) (newSize int64, err error)
+}
+
+// FenceRequest names whom to cut off from which volume, as the record of the
+// takeover has it. Nothing in it is looked up late: by then the volume may be
+// attached to the node that takes over.
+type FenceRequest struct {
+	Ref    string
+	Volume string // the dataset's UUID
+	// Node is the node to be cut off, and Identity what its Identifier said when it
+	// registered; empty if the backend is none.
+	Node, Identity string
+	// Token is the ownership token that was taken from Node. Its attachments under
+	// this token and older ones are cut, younger ones MUST be left alone.
+	Token int64
+}
+
+// A Fencer cuts a node off from a volume at the storage system, whether or not the
+// node answers. Backends of the classes F1 and F2 MUST be one, and no others may.
+type Fencer interface {
+	// Fence returns when it was seen that the node cannot read or write the volume
+	// any more, and that nothing it sent before can take effect later; evidence is
+	// what was seen, in a few words for the audit. Cut off already: nil. It works
+	// from any node. ErrUnavailable if that could not be seen: the node may or may
+	// not be cut off then, and Fence is called again.
+	Fence(ctx context.Context, req FenceRequest) (evidence string, err error)
+}
+
+// An Identifier knows the name by which the storage system knows this node, such
+// as an instance id, an initiator name or an address. A fence needs it when the
+// node itself cannot be asked any more.
+type Identifier interface {
+	Identity(ctx context.Context) (string, error)
 }
 
 // The error classes. Compare with errors.Is.
