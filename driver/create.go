@@ -6,10 +6,15 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/google/uuid"
+
 	"github.com/flocker-plugin/flocker/backends"
 	"github.com/flocker-plugin/flocker/driver/mount"
 	"github.com/flocker-plugin/flocker/driver/ownership"
 )
+
+// createTries is how often a Create begins anew when its volume vanishes under it.
+const createTries = 10
 
 // Create makes a volume, once in the cluster however many nodes ask for it. A
 // volume of that name that has every option given is fine.
@@ -35,10 +40,12 @@ func (d *Driver) Create(ctx context.Context, name string, options map[string]str
 		case err == nil:
 			d.remember(stored)
 			return nil
+		case errors.Is(err, ownership.ErrNotFound) && try < createTries && sleep(ctx, jitter(10*time.Millisecond)):
+			// Removed in that moment; or the node that recorded it could not make its
+			// storage, and undid that. An id is not used twice.
+			vol.ID = uuid.NewString()
 		case created:
 			return d.undoCreate(ctx, stored, err)
-		case errors.Is(err, ownership.ErrNotFound) && try < 3:
-			// The node that recorded it could not make its storage, and undid that.
 		default:
 			return err
 		}
