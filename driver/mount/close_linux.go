@@ -34,14 +34,9 @@ func (s *System) close(ctx context.Context, device string) error {
 	if len(holders) > 0 {
 		return fmt.Errorf("%w: %s is on top of it", ErrBusy, holders[0].Name())
 	}
-	if err = s.at("flush"); err != nil {
-		return err
-	}
-	if err = dev.Sync(); err != nil {
-		return fmt.Errorf("flush: %w", err)
-	}
-	if err = unix.IoctlSetInt(int(dev.Fd()), unix.BLKFLSBUF, 0); err != nil {
-		return fmt.Errorf("drop buffers: %w", err)
+	lost := s.flush(dev)
+	if s.isCut(dev.rdev) {
+		lost = nil
 	}
 	err = retryBusy(ctx, 300*time.Millisecond, func() error {
 		b, readErr := os.ReadFile(dev.sys() + "/inflight")
@@ -53,5 +48,24 @@ func (s *System) close(ctx context.Context, device string) error {
 		}
 		return nil
 	})
-	return errors.Join(err, dev.File.Close())
+	if err != nil {
+		return err // and not ErrUnwritten, which says that it is closed
+	}
+	return errors.Join(lost, dev.File.Close())
+}
+
+// flush writes what the device's own buffers hold and drops them. What the device
+// does not take is dropped as well, so that nothing of it can come later.
+func (s *System) flush(dev *blockDevice) error {
+	err := s.at("flush")
+	if err == nil {
+		err = dev.Sync()
+	}
+	if err != nil {
+		err = fmt.Errorf("%w: flush: %w", ErrUnwritten, err)
+	}
+	if dropErr := unix.IoctlSetInt(int(dev.Fd()), unix.BLKFLSBUF, 0); dropErr != nil {
+		err = errors.Join(err, fmt.Errorf("%w: drop buffers: %w", ErrUnwritten, dropErr))
+	}
+	return err
 }

@@ -12,11 +12,13 @@ import (
 
 // The calls of a Fake, as FakeCall.Name and the first argument of its hook.
 const (
-	CallFormat  = "format"
-	CallMount   = "mount"
-	CallMounted = "mounted"
-	CallUnmount = "unmount"
-	CallClose   = "close"
+	CallFormat   = "format"
+	CallMount    = "mount"
+	CallHealth   = "health"
+	CallMounted  = "mounted"
+	CallUnmount  = "unmount"
+	CallShutdown = "shutdown"
+	CallClose    = "close"
 )
 
 // FakeCall is one call of a Fake. Arg is the device of a Format or Close, the
@@ -32,6 +34,7 @@ type FakeDisks struct {
 	mu         sync.Mutex
 	disks      map[string]*fakeDisk
 	violations []string
+	refusals   []string
 }
 
 type fakeDisk struct {
@@ -40,7 +43,21 @@ type fakeDisk struct {
 	formats  int
 	mounted  bool  // ever
 	owner    Owner // of the data directory, from the first mount
+	guard    bool
 	users    map[*FakeKernel]int
+	stopped  map[*FakeKernel]bool // its filesystem there was shut down
+	cut      map[string]bool      // hosts the storage system keeps away
+}
+
+// writers are the kernels that can still write to the disk.
+func (d *fakeDisk) writers() (hosts []string) {
+	for k := range d.users {
+		if !d.stopped[k] && !d.cut[k.host] {
+			hosts = append(hosts, k.host)
+		}
+	}
+	slices.Sort(hosts)
+	return hosts
 }
 
 // NewFakeDisks returns disks that are all blank.
@@ -50,7 +67,7 @@ func NewFakeDisks() *FakeDisks { return &FakeDisks{disks: map[string]*fakeDisk{}
 func (d *FakeDisks) get(name string) *fakeDisk {
 	disk := d.disks[name]
 	if disk == nil {
-		disk = &fakeDisk{users: map[*FakeKernel]int{}}
+		disk = &fakeDisk{users: map[*FakeKernel]int{}, stopped: map[*FakeKernel]bool{}, cut: map[string]bool{}}
 		d.disks[name] = disk
 	}
 	return disk
@@ -88,11 +105,37 @@ func (d *FakeDisks) DataOwner(disk string) Owner {
 }
 
 // Violations lists what must never happen: two kernels that used one disk at a
-// time. A test ends by asserting that there is none.
+// time, and could both write to it. A test ends by asserting that there is none.
 func (d *FakeDisks) Violations() []string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return slices.Clone(d.violations)
+}
+
+// Refusals lists the Mounts that failed with ErrMultiMount. Without the disk's guard
+// each would be a violation, so that a test which does not provoke them asserts that
+// there is none either.
+func (d *FakeDisks) Refusals() []string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Clone(d.refusals)
+}
+
+// SetCut keeps a host away from a disk, as a fence of the storage system does, or
+// lets it back. What the host has mounted stays mounted and fails.
+func (d *FakeDisks) SetCut(disk, host string, cut bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	f := d.get(disk)
+	f.cut[host] = cut
+	d.check(disk, f)
+}
+
+// check needs mu.
+func (d *FakeDisks) check(name string, disk *fakeDisk) {
+	if hosts := disk.writers(); len(hosts) > 1 {
+		d.violations = append(d.violations, fmt.Sprintf("disk %s is used by hosts %v at the same time", name, hosts))
+	}
 }
 
 // FakeKernel is one host's kernel: mounts and open devices. It survives the end
@@ -106,6 +149,7 @@ type FakeKernel struct {
 	mounts map[string]fakeMount // by target
 	holds  map[string]int       // by disk: other namespaces that keep the filesystem
 	busy   map[string]int       // by target: users in the plugin's own namespace
+	noted  map[string]string    // by disk: what Health finds
 }
 
 type fakeMount struct{ device, disk string }
@@ -119,7 +163,7 @@ func NewFakeKernel(host string, disks *FakeDisks, diskOf func(device string) (di
 	}
 	return &FakeKernel{
 		host: host, disks: disks, diskOf: diskOf,
-		mounts: map[string]fakeMount{}, holds: map[string]int{}, busy: map[string]int{},
+		mounts: map[string]fakeMount{}, holds: map[string]int{}, busy: map[string]int{}, noted: map[string]string{},
 	}
 }
 
@@ -128,19 +172,43 @@ func (k *FakeKernel) use(disk string, n int) {
 	d := k.disks
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	users := d.get(disk).users
-	users[k] += n
-	if users[k] <= 0 {
-		delete(users, k)
+	f := d.get(disk)
+	f.users[k] += n
+	if f.users[k] <= 0 {
+		delete(f.users, k)
+		delete(f.stopped, k)
+		delete(k.noted, disk)
 	}
-	if n > 0 && len(users) > 1 {
-		var hosts []string
-		for u := range users {
-			hosts = append(hosts, u.host)
-		}
-		slices.Sort(hosts)
-		d.violations = append(d.violations, fmt.Sprintf("disk %s is used by hosts %v at the same time", disk, hosts))
+	if n > 0 {
+		d.check(disk, f)
 	}
+}
+
+// Write is a container that writes and syncs a file on the filesystem of device: nil
+// says that the data is on the disk.
+func (k *FakeKernel) Write(device string) error {
+	disk, ok := k.diskOf(device)
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.disks.mu.Lock()
+	defer k.disks.mu.Unlock()
+	d := k.disks.get(disk)
+	switch {
+	case !ok || d.users[k] == 0:
+		return fmt.Errorf("write to %s: not mounted", device)
+	case d.stopped[k] || d.cut[k.host]:
+		return fmt.Errorf("write to %s: %w", device, errIO)
+	}
+	return nil
+}
+
+// SetNoted makes Health return ErrDamaged with a text for the filesystem of device,
+// for as long as it is mounted; "" takes it back.
+func (k *FakeKernel) SetNoted(device, noted string) {
+	disk, _ := k.diskOf(device)
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.noted[disk] = noted
 }
 
 // Hold is a container that has the filesystem of device in its own mount
@@ -205,10 +273,12 @@ func (k *FakeKernel) Reboot() {
 	clear(k.mounts)
 	clear(k.holds)
 	clear(k.busy)
+	clear(k.noted)
 	k.disks.mu.Lock()
 	defer k.disks.mu.Unlock()
 	for _, disk := range k.disks.disks {
 		delete(disk.users, k)
+		delete(disk.stopped, k)
 	}
 }
 
@@ -255,12 +325,14 @@ type Fake struct {
 	hook  func(call, arg string) error
 	after func(call, arg string) error
 	delay func(call, arg string) time.Duration
+
+	shut map[string]bool // by disk, with kernel.mu: this process has shut it down
 }
 
 var _ Mounter = (*Fake)(nil)
 
 // NewFake returns a Mounter on kernel.
-func NewFake(kernel *FakeKernel) *Fake { return &Fake{kernel: kernel} }
+func NewFake(kernel *FakeKernel) *Fake { return &Fake{kernel: kernel, shut: map[string]bool{}} }
 
 // SetHook makes f ask hook before each call; an error is returned by the call,
 // which then has no effect. The hook may block. nil removes it.
@@ -332,7 +404,10 @@ func (f *Fake) do(ctx context.Context, call, arg string, effect func(k *FakeKern
 	return err
 }
 
-var errNoDevice = errors.New("no such device")
+var (
+	errNoDevice = errors.New("no such device")
+	errIO       = errors.New("input/output error")
+)
 
 // Format makes a filesystem on a blank disk.
 func (f *Fake) Format(ctx context.Context, spec FormatSpec) error {
@@ -353,8 +428,9 @@ func (f *Fake) Format(ctx context.Context, spec FormatSpec) error {
 		case d.fs != "":
 			return fmt.Errorf("format %s: %w: there is %s with UUID %s on it", spec.Device, ErrNotBlank, d.fs, d.uuid)
 		}
-		d.fs, d.uuid = spec.FS, spec.UUID
+		d.fs, d.uuid, d.guard = spec.FS, spec.UUID, spec.Guard && spec.FS == ext4
 		d.formats++
+		delete(f.shut, disk)
 		return nil
 	})
 }
@@ -366,28 +442,70 @@ func (f *Fake) Mount(ctx context.Context, spec Spec, owner Owner) (warnings []st
 		if !ok {
 			return fmt.Errorf("mount %s: %w", spec.Device, errNoDevice)
 		}
-		if m, mounted := k.mounts[spec.Target]; mounted {
-			if m.disk == disk {
-				return nil
-			}
-			return fmt.Errorf("mount %s on %s: %s is mounted there: %w", spec.Device, spec.Target, m.device, ErrBusy)
-		}
 		k.disks.mu.Lock()
 		d := k.disks.get(disk)
-		if d.fs != spec.FS || d.uuid != spec.UUID {
-			defer k.disks.mu.Unlock()
-			return fmt.Errorf("mount %s: %w: found %q with UUID %q, expected %s with UUID %s",
-				spec.Device, ErrIdentity, d.fs, d.uuid, spec.FS, spec.UUID)
+		err := mountable(k, d, spec, disk)
+		if errors.Is(err, ErrMultiMount) {
+			k.disks.refusals = append(k.disks.refusals, fmt.Sprintf("disk %s was refused to host %s: hosts %v use it", disk, k.host, d.writers()))
 		}
-		if !d.mounted {
+		_, mounted := k.mounts[spec.Target]
+		if err == nil && !d.mounted {
 			d.mounted, d.owner = true, owner
 		}
 		k.disks.mu.Unlock()
+		if err != nil || mounted {
+			return err
+		}
+		delete(f.shut, disk)
 		k.mounts[spec.Target] = fakeMount{spec.Device, disk}
 		k.use(disk, 1)
 		return nil
 	})
 	return nil, err
+}
+
+// mountable needs k.mu and the disks' mu.
+func mountable(k *FakeKernel, d *fakeDisk, spec Spec, disk string) error {
+	m, mounted := k.mounts[spec.Target]
+	switch {
+	case mounted && m.disk != disk:
+		return fmt.Errorf("mount %s on %s: %s is mounted there: %w", spec.Device, spec.Target, m.device, ErrBusy)
+	case mounted && d.stopped[k]:
+		return fmt.Errorf("mount %s on %s: %w: it is mounted there, and was shut down", spec.Device, spec.Target, ErrDamaged)
+	case mounted:
+		return nil
+	case d.cut[k.host]:
+		return fmt.Errorf("mount %s: read superblock: %w", spec.Device, errIO)
+	case d.fs != spec.FS || d.uuid != spec.UUID:
+		return fmt.Errorf("mount %s: %w: found %q with UUID %q, expected %s with UUID %s",
+			spec.Device, ErrIdentity, d.fs, d.uuid, spec.FS, spec.UUID)
+	case d.stopped[k]:
+		return fmt.Errorf("mount %s: %w: it was shut down, and a process on this host still has it open", spec.Device, ErrBusy)
+	}
+	others := slices.DeleteFunc(d.writers(), func(host string) bool { return host == k.host })
+	if d.guard && len(others) > 0 {
+		return fmt.Errorf("mount %s: %w: %s", spec.Device, ErrMultiMount, others[0])
+	}
+	return nil
+}
+
+// Health returns what SetNoted put there, and whether it was shut down.
+func (f *Fake) Health(target string) error {
+	return f.do(context.Background(), CallHealth, target, func(k *FakeKernel) error {
+		m, ok := k.mounts[target]
+		if !ok {
+			return nil
+		}
+		k.disks.mu.Lock()
+		defer k.disks.mu.Unlock()
+		switch {
+		case k.disks.get(m.disk).stopped[k]:
+			return fmt.Errorf("health of %s: %w: it was shut down", target, ErrDamaged)
+		case k.noted[m.disk] != "":
+			return fmt.Errorf("health of %s: %w: %s", target, ErrDamaged, k.noted[m.disk])
+		}
+		return nil
+	})
 }
 
 // Mounted looks target up in the kernel's table.
@@ -413,7 +531,40 @@ func (f *Fake) Unmount(ctx context.Context, target string) error {
 			return fmt.Errorf("unmount %s: %w", target, ErrBusy)
 		}
 		delete(k.mounts, target)
+		lost := f.unwritten(m.disk)
 		k.use(m.disk, -1)
+		if lost != nil {
+			return fmt.Errorf("unmount %s: %w", target, lost)
+		}
+		return nil
+	})
+}
+
+// unwritten is what a disk that is cut off answers to a flush; needs kernel.mu.
+func (f *Fake) unwritten(disk string) error {
+	d := f.kernel.disks
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.get(disk).cut[f.kernel.host] && !f.shut[disk] {
+		return fmt.Errorf("%w: %w", ErrUnwritten, errIO)
+	}
+	return nil
+}
+
+// Shutdown stops a filesystem on this host: every Write fails from then on.
+func (f *Fake) Shutdown(ctx context.Context, target string) error {
+	return f.do(ctx, CallShutdown, target, func(k *FakeKernel) error {
+		m, ok := k.mounts[target]
+		if !ok {
+			return nil
+		}
+		k.disks.mu.Lock()
+		defer k.disks.mu.Unlock()
+		d := k.disks.get(m.disk)
+		if d.fs == btrfs {
+			return fmt.Errorf("shut down the filesystem on %s: %w: btrfs cannot be shut down", target, ErrUnsupported)
+		}
+		d.stopped[k], f.shut[m.disk] = true, true
 		return nil
 	})
 }
@@ -427,6 +578,9 @@ func (f *Fake) Close(ctx context.Context, device string) error {
 		}
 		if k.inUse(disk) {
 			return fmt.Errorf("close %s: %w", device, ErrBusy)
+		}
+		if lost := f.unwritten(disk); lost != nil {
+			return fmt.Errorf("close %s: %w", device, lost)
 		}
 		return nil
 	})

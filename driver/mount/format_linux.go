@@ -56,7 +56,7 @@ func (s *System) format(ctx context.Context, spec FormatSpec) error {
 	if _, err = findProgram(tool.program); err != nil { // before anything is written
 		return fmt.Errorf("%w: %s is not installed (Debian package %s)", ErrUnsupported, tool.program, tool.pkg)
 	}
-	ready, err := prepare(ctx, spec, id)
+	ready, err := s.prepare(ctx, spec, id)
 	if ready || err != nil {
 		return err
 	}
@@ -75,12 +75,13 @@ func (s *System) format(ctx context.Context, spec FormatSpec) error {
 
 // prepare decides whether a device may be formatted and marks it. ready says that
 // it carries the finished filesystem already.
-func prepare(ctx context.Context, spec FormatSpec, id uuid.UUID) (ready bool, err error) {
+func (s *System) prepare(ctx context.Context, spec FormatSpec, id uuid.UUID) (ready bool, err error) {
 	dev, err := openExclusive(ctx, spec.Device)
 	if err != nil {
 		return false, err
 	}
 	defer dev.Close()
+	s.setCut(dev.rdev, false) // another volume may have had a device of this number
 	if err = checkSize(spec.FS, dev.size); err != nil {
 		return false, err
 	}

@@ -32,6 +32,10 @@ type FormatSpec struct {
 	Label string
 	// Options are extra words for mkfs as the user wrote them, split on blanks.
 	Options string
+	// Guard makes an ext4 refuse to be mounted while another host has it mounted:
+	// multi-mount protection, with an update interval of one second. Other
+	// filesystems have none, and -O ^mmp in Options goes before it.
+	Guard bool
 }
 
 // Owner is what the served directory of a new filesystem gets.
@@ -56,6 +60,11 @@ var (
 	// ErrDamaged: the filesystem has errors that are not repaired without a person's
 	// decision. It is not mounted.
 	ErrDamaged = errors.New("damaged")
+	// ErrMultiMount: the filesystem's guard says that another host has it mounted.
+	ErrMultiMount = errors.New("mounted by another host")
+	// ErrUnwritten: it is done, and nobody has the filesystem or the device any
+	// more, but the device did not take what was written last.
+	ErrUnwritten = errors.New("last writes may be lost")
 )
 
 // DataDir is the sub-directory of each filesystem that containers get. A
@@ -82,6 +91,13 @@ type Mounter interface {
 	// log: what was left undone without harm, such as a growth the kernel refused.
 	Mount(ctx context.Context, spec Spec, owner Owner) (warnings []string, err error)
 
+	// Health returns ErrDamaged with what the kernel noted about the filesystem that
+	// is mounted on target: errors found in it, that it was forced to be read-only, or
+	// that it was shut down. nil if all is well, and if nothing is mounted there. It
+	// does not ask the device, so it never waits for one, and does not see a failure
+	// that nobody has run into yet.
+	Health(target string) error
+
 	// Mounted returns the device mounted on target in this process's mount
 	// namespace, or "" if nothing is. It trusts /proc/self/mountinfo only.
 	Mounted(target string) (device string, err error)
@@ -90,12 +106,22 @@ type Mounter interface {
 	// by force: ErrBusy if somebody in this mount namespace uses it. nil if nothing
 	// is mounted there. The bare directory is removed when it was the last mount. If
 	// writing back fails (the device is gone), it unmounts all the same and returns
-	// the error once: the next call returns nil.
+	// ErrUnwritten once: the next call returns nil. What was shut down is unmounted
+	// without an error.
 	Unmount(ctx context.Context, target string) error
+
+	// Shutdown stops the filesystem mounted on target, in every mount namespace and
+	// whoever has files open: every later call of theirs gets EIO, and what they wrote
+	// and did not sync is lost. What they did sync is there after the next Mount. It
+	// does not unmount. nil if it was stopped already or nothing is mounted there;
+	// ErrUnsupported if the filesystem has no such call, as btrfs.
+	Shutdown(ctx context.Context, target string) error
 
 	// Close proves that nobody has the device open or mounted, in any mount
 	// namespace: it opens it exclusively (O_EXCL), checks that it has no holders,
 	// flushes it, and lets go. ErrBusy if not so within a short wait for mount
 	// namespaces of ended processes to go. `umount` returning 0 proves nothing.
+	// ErrUnwritten if all that is so and the device does not take the flush; nil even
+	// then if its filesystem was shut down by this Mounter.
 	Close(ctx context.Context, device string) error
 }

@@ -77,6 +77,7 @@ func (s *System) mount(ctx context.Context, spec Spec, owner Owner) (warnings []
 	if err != nil {
 		return nil, errors.Join(err, removeBare(target))
 	}
+	s.setCut(dev.rdev, false)
 	return append(warnings, more...), nil
 }
 
@@ -450,15 +451,23 @@ func (s *System) unmount(ctx context.Context, target string) error {
 			return errors.Join(err, syncErr)
 		}
 		if syncErr != nil {
-			lost = fmt.Errorf("it is unmounted, but its last writes may be lost: %w", syncErr)
+			lost = fmt.Errorf("it is unmounted, but its %w: %w", ErrUnwritten, syncErr)
 		}
 	}
 	return fmt.Errorf("%w: other mounts keep appearing on it", ErrBusy)
 }
 
 // writeBack asks for everything to be written and says what could not be: umount
-// writes as well, and tells nobody how it went.
+// writes as well, and tells nobody how it went. What was shut down has nothing more
+// to write.
 func (s *System) writeBack(target string) error {
+	info, err := topMount(target)
+	if err != nil {
+		return err
+	}
+	if info != nil && s.isCut(mountedDevice(info)) {
+		return nil
+	}
 	fd, err := unix.Open(target, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("open: %w", err)

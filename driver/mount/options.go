@@ -287,6 +287,9 @@ func mkfsArgs(spec FormatSpec) ([]string, error) {
 	switch spec.FS {
 	case ext4:
 		extended := []string{"nodiscard", "lazy_itable_init=1", "lazy_journal_init=1"}
+		if spec.Guard {
+			extended = append(extended, "mmp_update_interval=1")
+		}
 		opts = slices.DeleteFunc(opts, func(o [2]string) bool { // mkfs.ext4 obeys the last -E only
 			if o[0] == "-E" {
 				extended = append(extended, o[1])
@@ -294,6 +297,9 @@ func mkfsArgs(spec FormatSpec) ([]string, error) {
 			return o[0] == "-E"
 		})
 		args = []string{"-q", "-F", "-t", "ext4", "-e", "remount-ro", "-U", spec.UUID, "-E", strings.Join(extended, ",")}
+		if spec.Guard { // before the user's own -O
+			args = append(args, "-O", "mmp")
+		}
 	case xfs:
 		args = []string{"-q", "-f", "-K", "-m", "uuid=" + spec.UUID}
 	case btrfs:

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 	"unsafe"
@@ -26,6 +27,9 @@ import (
 type System struct {
 	// fault lets a test fail a step.
 	fault func(step string) error
+
+	mu  sync.Mutex
+	cut map[uint64]bool // by device: its filesystem was shut down, and not mounted anew since
 }
 
 var _ Mounter = (*System)(nil)

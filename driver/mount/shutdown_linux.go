@@ -1,0 +1,192 @@
+package mount
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+	"unsafe"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	fsShutdown = 0x8004587d // EXT4_IOC_SHUTDOWN, fs/ext4/ext4.h: _IOR('X', 125, __u32)
+	// noLogFlush: what is in memory stays there. The other ways write it first, to a
+	// device that may be another node's by now, or wait for one that is gone.
+	noLogFlush = 2
+)
+
+// Shutdown stops a filesystem. See Mounter.
+func (s *System) Shutdown(ctx context.Context, target string) error {
+	if err := s.shutdown(ctx, target); err != nil {
+		return fmt.Errorf("shut down the filesystem on %s: %w", target, err)
+	}
+	return nil
+}
+
+func (s *System) shutdown(ctx context.Context, target string) error {
+	info, err := mountOf(target)
+	if info == nil || err != nil {
+		return err
+	}
+	// The call stops a whole filesystem, so it must not be the host's own.
+	if CheckFS(info.FSType) != nil || info.Root != "/" {
+		return fmt.Errorf("%w: the directory %s of %s (%s) is mounted there, not a volume", ErrIdentity, info.Root, info.Source, info.FSType)
+	}
+	root, err := os.OpenFile(info.Mountpoint, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if errors.Is(err, unix.EIO) { // an XFS that was shut down
+		s.setCut(mountedDevice(info), true)
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err = isMount(root, info); err != nil {
+		root.Close()
+		return err
+	}
+	if err = s.at("shutdown"); err != nil {
+		root.Close()
+		return err
+	}
+	// It aborts the journal, which may wait for a device that does not answer.
+	err = bounded(ctx, func() error {
+		defer root.Close()
+		how := uint32(noLogFlush)
+		return ioctl(root, fsShutdown, unsafe.Pointer(&how))
+	})
+	switch {
+	case errors.Is(err, unix.ENOTTY), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EINVAL):
+		return fmt.Errorf("%w: %s cannot be shut down: %w", ErrUnsupported, info.FSType, err)
+	case err != nil:
+		return err
+	}
+	s.setCut(mountedDevice(info), true)
+	return nil
+}
+
+// bounded runs f, and leaves it behind if it does not end before ctx: a system call
+// that waits for a device cannot be ended.
+func bounded(ctx context.Context, f func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- f() }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("the kernel does not answer: %w", context.Cause(ctx))
+	}
+}
+
+// mountOf returns what is mounted on target, nil if nothing is.
+func mountOf(target string) (*mountinfo.Info, error) {
+	target, err := realTarget(target)
+	if isNotExist(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return topMount(target)
+}
+
+// isMount says whether root is the root of that mount.
+func isMount(root *os.File, info *mountinfo.Info) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(root.Fd()), &st); err != nil {
+		return fmt.Errorf("stat root: %w", err)
+	}
+	if uint64(st.Dev) != unix.Mkdev(uint32(info.Major), uint32(info.Minor)) && info.FSType != btrfs {
+		return fmt.Errorf("%w: %s is not the root of %s", ErrIdentity, info.Mountpoint, info.Source)
+	}
+	return nil
+}
+
+// setCut remembers that the filesystem of a device was shut down, or forgets it.
+func (s *System) setCut(rdev uint64, cut bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case !cut:
+		delete(s.cut, rdev)
+	case s.cut == nil:
+		s.cut = map[uint64]bool{rdev: true}
+	default:
+		s.cut[rdev] = true
+	}
+}
+
+func (s *System) isCut(rdev uint64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.cut[rdev]
+}
+
+// Health says what the kernel noted about a filesystem. See Mounter.
+func (s *System) Health(target string) error {
+	info, err := mountOf(target)
+	if err != nil {
+		return fmt.Errorf("health of %s: %w", target, err)
+	}
+	if info == nil {
+		return nil
+	}
+	var bad []string
+	if noted := errorsNoted(info); noted != "" {
+		bad = append(bad, noted)
+	}
+	if s.isShutDown(info) {
+		bad = append(bad, "it was shut down")
+	} else if opts := strings.Split(info.VFSOptions, ","); slices.Contains(opts, "ro") || slices.Contains(opts, "emergency_ro") {
+		bad = append(bad, "the kernel made it read-only")
+	}
+	if len(bad) == 0 {
+		return nil
+	}
+	return fmt.Errorf("%s on %s: %w: %s", info.FSType, info.Source, ErrDamaged, strings.Join(bad, "; "))
+}
+
+// isShutDown asks the kernel where it tells: ext4 does so since Linux 6.15, of an XFS
+// that was shut down nothing can be asked.
+func (s *System) isShutDown(info *mountinfo.Info) bool {
+	if s.isCut(mountedDevice(info)) || slices.Contains(strings.Split(info.VFSOptions, ","), "shutdown") {
+		return true
+	}
+	var st unix.Stat_t
+	return info.FSType == xfs && errors.Is(unix.Lstat(info.Mountpoint, &st), unix.EIO)
+}
+
+// errorsNoted returns what the superblock of a mounted ext4 has about errors, "" for
+// none.
+func errorsNoted(info *mountinfo.Info) string {
+	if info.FSType != ext4 {
+		return ""
+	}
+	link, err := os.Readlink(fmt.Sprintf("/sys/dev/block/%d:%d", info.Major, info.Minor))
+	if err != nil {
+		return ""
+	}
+	read := func(name string) string {
+		b, _ := os.ReadFile(filepath.Join("/sys/fs/ext4", filepath.Base(link), name))
+		return strings.TrimSpace(string(b))
+	}
+	count := read("errors_count")
+	if count == "" || count == "0" {
+		return ""
+	}
+	noted := count + " errors"
+	var seconds int64
+	if _, err := fmt.Sscan(read("last_error_time"), &seconds); err == nil && seconds > 0 {
+		noted += ", the last at " + time.Unix(seconds, 0).UTC().Format(time.RFC3339)
+	}
+	if where := read("last_error_func"); where != "" {
+		noted += " in " + where
+	}
+	return noted + "; the kernel's log has more"
+}
