@@ -505,7 +505,7 @@ func defects() []defect {
 		{name: "detach takes whatever token has it", notice: "attachments: got", break_: func(b *backend) {
 			b.detach = func(b *backend, ctx context.Context, att backends.Attachment) error {
 				for _, is := range b.m.Attached(att.Volume) {
-					att.Token = is.Token
+					att = is
 				}
 				return b.Backend.Detach(ctx, att)
 			}
@@ -513,7 +513,9 @@ func defects() []defect {
 		{name: "detach takes a younger token's attachment", notice: "attachments: got", break_: func(b *backend) {
 			b.detach = func(b *backend, ctx context.Context, att backends.Attachment) error {
 				for _, is := range b.m.Attached(att.Volume) {
-					att.Token = max(att.Token, is.Token)
+					if is.Node == att.Node && is.Token > att.Token {
+						att = is
+					}
 				}
 				return b.Backend.Detach(ctx, att)
 			}

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/flocker-plugin/flocker/backends"
 	"github.com/flocker-plugin/flocker/backends/backendtest"
@@ -77,6 +79,282 @@ func TestMemoryReboot(t *testing.T) {
 		}
 		if _, err := device.WriteAt([]byte("x"), 0); err == nil {
 			t.Errorf("class %s: a write of before the reboot has come through", class)
+		}
+	}
+}
+
+// stored is a volume in a Memory, and its nodes' backends.
+type stored struct {
+	*backendtest.Memory
+	t    *testing.T
+	a, b backends.Backend
+	vol  backends.Volume
+}
+
+func newStored(t *testing.T, props backends.Properties) *stored {
+	t.Helper()
+	m := backendtest.NewMemory(props)
+	s := &stored{Memory: m, t: t, a: m.Node("a"), b: m.Node("b")}
+	vol, err := s.a.Create(t.Context(), backends.CreateRequest{ID: "id", Size: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.vol = vol
+	return s
+}
+
+func (s *stored) attach(b backends.Backend, token int64) (backends.Attachment, error) {
+	return b.Attach(s.t.Context(), backends.AttachRequest{Ref: s.vol.Ref, Volume: s.vol.ID, Token: token})
+}
+
+// use attaches the volume and has it open.
+func (s *stored) use(b backends.Backend, token int64) (backends.Attachment, backendtest.Device) {
+	s.t.Helper()
+	att, err := s.attach(b, token)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	device, err := s.Open(att.Node, att.Device)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return att, device
+}
+
+func (s *stored) fence(ctx context.Context, node string, token int64) error {
+	fencer, ok := backends.As[backends.Fencer](s.b)
+	if !ok {
+		s.t.Fatal("no fencer")
+	}
+	_, err := fencer.Fence(ctx, backends.FenceRequest{
+		Ref: s.vol.Ref, Volume: s.vol.ID, Node: node, Identity: "host-" + node, Token: token,
+	})
+	return err
+}
+
+func writable(device backendtest.Device) bool {
+	_, err := device.WriteAt([]byte("x"), 0)
+	return err == nil
+}
+
+// once injects a fault into the first call of a method.
+func (s *stored) once(method string, fault backendtest.Fault) {
+	done := false
+	s.Inject(func(call backendtest.Call) backendtest.Fault {
+		if call.Method != method || done {
+			return backendtest.Fault{}
+		}
+		done = true
+		return fault
+	})
+}
+
+var nameless = backends.Properties{LateCalls: time.Minute}
+
+// A late Detach without an id takes the attachment that is there when it arrives;
+// one with an id does not.
+func TestMemoryLateDetach(t *testing.T) {
+	for name, props := range map[string]backends.Properties{"with ids": {}, "without": nameless} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newStored(t, props)
+				s.SetHosts(backendtest.Hosts{Rightful: func(att backends.Attachment) bool { return att.Token == 2 }})
+				old, err := s.attach(s.a, 1)
+				if err != nil {
+					t.Fatal(err)
+				}
+				s.once("Detach", backendtest.Fault{Late: 50 * time.Second})
+				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+				defer cancel()
+				if err := s.a.Detach(ctx, old); !errors.Is(err, context.DeadlineExceeded) {
+					t.Errorf("got %v, want the context's end", err)
+				}
+				if err := s.a.Detach(t.Context(), old); err != nil {
+					t.Fatal(err)
+				}
+				_, device := s.use(s.a, 2)
+				time.Sleep(time.Minute)
+				synctest.Wait()
+				harmless := props.LateCalls == 0
+				if got := writable(device); got != harmless {
+					t.Errorf("the new attachment works: %t", got)
+				}
+				if got := len(s.Violations()); (got == 0) != harmless {
+					t.Errorf("got violations %q", s.Violations())
+				}
+			})
+		})
+	}
+}
+
+// With LateCalls nothing comes later than that, and calls of class F0 never are.
+func TestMemoryLateIsBounded(t *testing.T) {
+	for class, want := range map[backends.Class]time.Duration{backends.ClassExclusive: time.Minute, backends.ClassNone: time.Hour} {
+		synctest.Test(t, func(t *testing.T) {
+			s := newStored(t, backends.Properties{Class: class, LateCalls: time.Minute})
+			s.once("Attach", backendtest.Fault{Late: time.Hour, Again: time.Hour})
+			began := time.Now()
+			att, err := s.attach(s.a, 1)
+			if took := time.Since(began); err != nil || took != want {
+				t.Errorf("class %s: %v after %s, want %s", class, err, took, want)
+			}
+			if err := s.a.Detach(t.Context(), att); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(2 * time.Hour)
+			synctest.Wait()
+			if got := s.Attached("id"); len(got) > 0 {
+				t.Errorf("class %s: got %v", class, got)
+			}
+		})
+	}
+}
+
+func TestMemoryInject(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newStored(t, backends.Properties{})
+		for _, test := range []struct {
+			fault backendtest.Fault
+			want  error
+			has   int // attachments at once, and after a minute
+			later int
+		}{
+			{backendtest.Fault{Refused: true}, backends.ErrUnavailable, 0, 0},
+			{backendtest.Fault{Hang: true}, context.DeadlineExceeded, 0, 0},
+			{backendtest.Fault{Latency: 2 * time.Second}, context.DeadlineExceeded, 0, 0},
+			{backendtest.Fault{DropReply: true}, backends.ErrUnavailable, 1, 1},
+			{backendtest.Fault{Late: 2 * time.Second}, context.DeadlineExceeded, 0, 1},
+			{backendtest.Fault{Latency: time.Second / 4, Late: time.Second / 4}, nil, 1, 1},
+		} {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			s.once("Attach", test.fault)
+			if _, err := s.a.Attach(ctx, backends.AttachRequest{Ref: s.vol.Ref, Volume: "id", Token: 1}); !errors.Is(err, test.want) {
+				t.Errorf("%+v: got %v, want %v", test.fault, err, test.want)
+			}
+			cancel()
+			if got := s.Attached("id"); len(got) != test.has {
+				t.Errorf("%+v: got %v", test.fault, got)
+			}
+			time.Sleep(time.Minute)
+			synctest.Wait()
+			got := s.Attached("id")
+			if len(got) != test.later {
+				t.Errorf("%+v: got %v later", test.fault, got)
+			}
+			for _, att := range got {
+				if err := s.a.Detach(t.Context(), att); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		// A duplicate: the attachment is back after it was given up.
+		s.once("Attach", backendtest.Fault{Again: time.Second})
+		att, err := s.attach(s.a, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.a.Detach(t.Context(), att); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if got := s.Attached("id"); len(got) != 1 || got[0].ID == att.ID {
+			t.Errorf("got %v, want a duplicate of %v", got, att)
+		}
+	})
+}
+
+func TestMemoryHosts(t *testing.T) {
+	for _, class := range []backends.Class{backends.ClassExclusive, backends.ClassFenced} {
+		s := newStored(t, backends.Properties{Class: class})
+		mounted, pulled := true, []backends.Attachment(nil)
+		s.SetHosts(backendtest.Hosts{
+			InUse: func(node, device string) bool {
+				return node == "a" && device == backendtest.DevicePrefix+s.vol.Ref && mounted
+			},
+			Rightful: func(att backends.Attachment) bool { return att.Token == 1 },
+			Pulled:   func(att backends.Attachment) { pulled = append(pulled, att) },
+		})
+		att, err := s.attach(s.a, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.a.Detach(t.Context(), att); !errors.Is(err, backends.ErrInUse) {
+			t.Errorf("class %s: detach while mounted: got %v, want ErrInUse", class, err)
+		}
+		if !s.Accessible("a", att.Device) || s.Accessible("b", att.Device) {
+			t.Errorf("class %s: the volume is accessible on a: %t, on b: %t", class, s.Accessible("a", att.Device), s.Accessible("b", att.Device))
+		}
+		if err := s.fence(t.Context(), "a", 1); err != nil {
+			t.Fatal(err)
+		}
+		if s.Accessible("a", att.Device) || len(pulled) != 1 || pulled[0] != att {
+			t.Errorf("class %s: accessible: %t, pulled %v", class, s.Accessible("a", att.Device), pulled)
+		}
+		want := "volume id was taken away from its owner a (token 1) while in use, by a Fence of b"
+		if got := s.Violations(); len(got) != 1 || got[0] != want {
+			t.Errorf("class %s: got %q, want %q", class, got, want)
+		}
+		mounted = false
+		if err := s.a.Detach(t.Context(), att); err != nil {
+			t.Errorf("class %s: %v", class, err)
+		}
+		// Nobody is told of an attachment that was not in use.
+		if _, err := s.attach(s.a, 2); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.fence(t.Context(), "a", 2); err != nil || len(pulled) != 1 || len(s.Violations()) != 1 {
+			t.Errorf("class %s: %v, pulled %v, violations %q", class, err, pulled, s.Violations())
+		}
+	}
+}
+
+// What a cut-off node may do later differs between the classes.
+func TestMemoryStaleAttach(t *testing.T) {
+	for class, refused := range map[backends.Class]bool{backends.ClassExclusive: false, backends.ClassFenced: true} {
+		s := newStored(t, backends.Properties{Class: class})
+		_, device := s.use(s.a, 5)
+		if err := s.fence(t.Context(), "a", 7); err != nil {
+			t.Fatal(err)
+		}
+		if writable(device) {
+			t.Errorf("class %s: a write after the fence has come through", class)
+		}
+		for _, att := range s.Attached("id") {
+			t.Errorf("class %s: got %v", class, att)
+		}
+		if err := device.Close(); err != nil {
+			t.Fatal(err)
+		}
+		atts, err := s.a.Attachments(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, att := range atts { // class F2: a device that fails
+			if err := s.a.Detach(t.Context(), att); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, err := s.attach(s.a, 7); errors.Is(err, backends.ErrInUse) != refused {
+			t.Errorf("class %s: attach with the fenced token: %v", class, err)
+		}
+		if refused {
+			if _, err := s.attach(s.a, 8); err != nil {
+				t.Errorf("class %s: attach with the next token: %v", class, err)
+			}
+		}
+	}
+}
+
+func TestMemoryClasses(t *testing.T) {
+	for class, want := range map[backends.Class]bool{
+		backends.ClassNone: false, backends.ClassExclusive: true, backends.ClassFenced: true, backends.ClassNodeFence: false,
+	} {
+		b := backendtest.NewMemory(backends.Properties{Class: class}).Node("a")
+		_, fencer := backends.As[backends.Fencer](b)
+		_, identifier := backends.As[backends.Identifier](b)
+		if fencer != want || identifier != want {
+			t.Errorf("class %s: a Fencer: %t, an Identifier: %t", class, fencer, identifier)
 		}
 	}
 }
