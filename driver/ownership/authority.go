@@ -79,23 +79,50 @@ func usable(vid string, kv *KV) (Volume, error) {
 // Retake makes this node the owner again of what it owns already, under a new
 // token: any write of the old token that is still on its way then fails. It is
 // the way back for a volume that was given up with an unknown outcome, or left
-// by an earlier process. ErrLost if the token is no longer current. The volume
-// MUST NOT be attached under the old token any more.
+// by an earlier process. ErrLost if the token is no longer current; a takeover
+// that is not settled is refused. The volume MUST NOT be attached under the old
+// token any more.
 func (m *Map) Retake(ctx context.Context, owner Owner) (Owner, Volume, error) {
 	vid, token := owner.Volume, owner.Token
 	if token <= 0 || owner.Node != m.me.ID || !validID(vid) {
 		return Owner{}, Volume{}, lostToken(vid)
 	}
+	if err := m.Live(); err != nil {
+		return Owner{}, Volume{}, err
+	}
+	// The caller may know no more than the token; what it stands for never changes.
+	res, err := m.read(ctx, get(m.own(vid)))
+	if err != nil {
+		return Owner{}, Volume{}, err
+	}
+	if revisionOf(res.kv(0)) != token {
+		return Owner{}, Volume{}, lostToken(vid)
+	}
+	o, err := decodeOwner(*res.kv(0))
+	switch {
+	case err != nil:
+		return Owner{}, Volume{}, err
+	case o.Node != m.me.ID:
+		return Owner{}, Volume{}, lostToken(vid)
+	case o.Pending != nil:
+		return Owner{}, Volume{}, fmt.Errorf("retake volume %s: its takeover from host %s is not finished", vid, o.Pending.Host)
+	}
+	o.Host, o.Boot, o.From, o.Clean = m.me.Host, m.me.Boot, "", false
+	return m.renewOwn(ctx, token, o, auditLine{What: "retake"})
+}
+
+// renewOwn replaces what this node owns under token by o.
+func (m *Map) renewOwn(ctx context.Context, token int64, o Owner, line auditLine) (Owner, Volume, error) {
+	vid := o.Volume
 	lease, err := m.valid()
 	if err != nil {
 		return Owner{}, Volume{}, err
 	}
-	o := owner
-	o.Host, o.Boot, o.From, o.Clean, o.Op = m.me.Host, m.me.Boot, "", false, newOp()
+	o.Op = newOp()
+	line.Volume, line.Token, line.Op = vid, token, o.Op
 	res, err := m.write(ctx, Txn{
-		If: []Cmp{mod(m.own(vid), token), has(m.vol(vid)), onLease(m.live(m.me.ID), lease)},
-		Then: append([]Op{put(m.own(vid), encode(o)), get(m.vol(vid))},
-			m.audit(auditLine{What: "retake", Volume: vid, Token: token, Op: o.Op})...),
+		If:   []Cmp{mod(m.own(vid), token), has(m.vol(vid)), onLease(m.live(m.me.ID), lease)},
+		Then: append([]Op{put(m.own(vid), encode(o)), get(m.vol(vid))}, m.audit(line)...),
 		Else: []Op{get(m.own(vid)), get(m.vol(vid))},
 	})
 	if err != nil {

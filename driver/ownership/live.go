@@ -4,13 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
-
-	"github.com/google/uuid"
 )
 
 // errGone ends a term of registration: the lease, or the key on it, is gone.
 var errGone = errors.New("this node's lease in etcd is gone; it is registering again")
+
+// errDeclared is as errGone, for a node that was declared dead.
+var errDeclared = errors.New("this node was declared dead; it gives up what it has before it registers again")
 
 // Run keeps this node registered and live until ctx ends; it returns for no other
 // reason. The liveness key is then left to expire, so that a process which starts
@@ -19,6 +21,10 @@ var errGone = errors.New("this node's lease in etcd is gone; it is registering a
 //
 // There MUST be one Run for a Map at a time.
 func (m *Map) Run(ctx context.Context) error {
+	var watches sync.WaitGroup
+	defer watches.Wait()
+	watches.Go(func() { m.watchPeers(ctx) })
+	watches.Go(func() { m.follow(ctx, m.fence(m.me.ID, ""), true, m.poke) })
 	wait := backoff{first: min(100*time.Millisecond, m.cfg.Renew), most: m.cfg.Renew}
 	said := ""
 	for {
@@ -31,7 +37,10 @@ func (m *Map) Run(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		m.lapse(err)
+		former := m.lapse(err)
+		if errors.Is(err, errDeclared) {
+			m.revoke(ctx, former) // nobody need wait for its end
+		}
 		if text := err.Error(); text != said {
 			said = text
 			m.log.WithError(err).Warn("not registered in etcd")
@@ -45,9 +54,8 @@ func (m *Map) Run(ctx context.Context) error {
 // Leave makes this node's liveness key go at once. After Run has ended.
 func (m *Map) Leave(ctx context.Context) error {
 	m.mu.Lock()
-	lease := m.lease
 	m.mu.Unlock()
-	m.lapse(errors.New("this node has left"))
+	lease := m.lapse(errors.New("this node has left"))
 	if lease == 0 {
 		return nil
 	}
@@ -79,6 +87,11 @@ func (m *Map) Registered(ctx context.Context) error {
 	return unavailable(m.why)
 }
 
+// Registrations wakes up after every registration, also the first one; wake-ups
+// coalesce. Between the end of this node's lease and the next registration, others
+// may have taken what it owns. Every call returns the same channel.
+func (m *Map) Registrations() <-chan struct{} { return m.registrations }
+
 // valid returns the lease, or why there is no valid one.
 func (m *Map) valid() (int64, error) {
 	m.mu.Lock()
@@ -107,11 +120,13 @@ func (m *Map) lost() error {
 	return unavailable(errGone)
 }
 
-// lapse ends the validity of the lease for good.
-func (m *Map) lapse(why error) {
+// lapse ends the validity of the lease for good, and returns the lease.
+func (m *Map) lapse(why error) (lease int64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	lease = m.lease
 	m.lease, m.until, m.why = 0, 0, why
+	return lease
 }
 
 // margin is how long before the lease's end this node stops relying on it.
@@ -122,7 +137,14 @@ func (m *Map) register(ctx context.Context) error {
 	if err := m.join(ctx); err != nil {
 		return err
 	}
-	state, err := m.read(ctx, get(m.key("node", m.me.ID)), get(m.live(m.me.ID)))
+	declared := m.fence(m.me.ID, m.me.Boot)
+	reads := []Op{get(m.node(m.me.ID)), get(m.live(m.me.ID)), get(declared)}
+	state, err := m.read(ctx, reads...)
+	if err == nil && state.kv(2) != nil {
+		if err = m.acquit(ctx, *state.kv(2)); err == nil {
+			state, err = m.read(ctx, reads...)
+		}
+	}
 	if err != nil {
 		return err
 	}
@@ -151,13 +173,22 @@ func (m *Map) register(ctx context.Context) error {
 		return unavailable(err)
 	}
 	self := alive{Node: m.me, Op: newOp()}
+	self.Identities = nil // they are in the other key
 	txn := Txn{
-		If:   []Cmp{mod(m.key("node", m.me.ID), revisionOf(state.kv(0))), mod(m.live(m.me.ID), revisionOf(former))},
-		Then: []Op{put(m.key("node", m.me.ID), encode(node)), putOn(lease, m.live(m.me.ID), encode(self))},
-		Else: []Op{get(m.live(m.me.ID))},
+		If: []Cmp{
+			mod(m.node(m.me.ID), revisionOf(state.kv(0))),
+			mod(m.live(m.me.ID), revisionOf(former)),
+			none(declared),
+		},
+		Then: []Op{put(m.node(m.me.ID), encode(node)), putOn(lease, m.live(m.me.ID), encode(self))},
+		Else: []Op{get(m.live(m.me.ID)), get(declared)},
 	}
 	res, err := m.write(ctx, txn)
-	if err == nil && !res.Succeeded && !carries(res.kv(0), self.Op, decodeAlive, func(a alive) string { return a.Op }) {
+	switch {
+	case err != nil, res.Succeeded, carries(res.kv(0), self.Op, decodeAlive, func(a alive) string { return a.Op }):
+	case res.kv(1) != nil:
+		err = unavailable(errDeclared)
+	default:
 		err = unavailable(errors.New("this node is being registered by another process"))
 	}
 	if err != nil {
@@ -173,7 +204,12 @@ func (m *Map) register(ctx context.Context) error {
 	m.volumes.Store(nil) // this may be another etcd, or another state of it
 	m.mu.Lock()
 	m.lease, m.until, m.why = lease, sent+ttl-m.margin(ttl), nil
+	m.since = m.cfg.Now()
 	m.mu.Unlock()
+	select {
+	case m.registrations <- struct{}{}:
+	default:
+	}
 	select {
 	case <-m.registered:
 	default:
@@ -222,48 +258,17 @@ func (m *Map) mayFollow(kv KV) error {
 	}
 }
 
-// join reads meta, or makes it, and refuses a cluster that is not the one this
-// node knows.
-func (m *Map) join(ctx context.Context) error {
-	known := m.Seen()
-	fresh := meta{Cluster: uuid.NewString(), Gen: 1, Schema: schema}
-	txn := Txn{If: []Cmp{none(m.key("meta"))}, Else: []Op{get(m.key("meta"))}}
-	if known.Cluster == "" {
-		txn.Then = []Op{put(m.key("meta"), encode(fresh))}
-	}
-	res, err := m.write(ctx, txn)
-	if err != nil {
-		return err
-	}
-	if res.Succeeded && known.Cluster != "" {
-		return fmt.Errorf("etcd knows no cluster under %s, but this node belongs to cluster %s: check the endpoints and the prefix, or restore etcd's data", m.cfg.Prefix, known.Cluster)
-	}
-	found := fresh
-	if !res.Succeeded {
-		if found, err = decodeMeta(*res.kv(0)); err != nil {
-			return err
-		}
-	}
-	switch {
-	case known.Cluster == "":
-	case found.Cluster != known.Cluster:
-		return fmt.Errorf("etcd has cluster %s under %s, but this node belongs to cluster %s: check the endpoints and the prefix", found.Cluster, m.cfg.Prefix, known.Cluster)
-	case found.Gen < known.Gen:
-		return fmt.Errorf("cluster %s is at generation %d and was at %d before: etcd has been put back to an older state", found.Cluster, found.Gen, known.Gen)
-	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.meta = found
-	return nil
-}
+// recheck is how often a node looks whether what it watches for has escaped it:
+// watches have lost events.
+const recheck = 60 * time.Second
 
-// renew keeps the lease until it, or the key on it, is gone.
+// renew keeps the lease until the term of registration is over.
 func (m *Map) renew(ctx context.Context) error {
 	wait := backoff{first: m.cfg.Renew / 8, most: m.cfg.Renew}
 	timer := time.NewTimer(m.cfg.Renew)
 	defer timer.Stop()
+	checked, check := m.cfg.Now(), false
 	for {
-		check := false
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)
@@ -271,11 +276,15 @@ func (m *Map) renew(ctx context.Context) error {
 			check = true
 		case <-timer.C:
 		}
-		err := m.renewOnce(ctx, check)
-		if errors.Is(err, ErrLease) || errors.Is(err, errGone) {
-			return errGone
+		check = check || m.cfg.Now() >= checked+recheck
+		over, err := m.renewOnce(ctx, check)
+		if over {
+			return err
 		}
 		if err == nil {
+			if check {
+				checked, check = m.cfg.Now(), false
+			}
 			wait.next = 0
 			timer.Reset(m.cfg.Renew)
 			continue
@@ -290,10 +299,12 @@ func (m *Map) renew(ctx context.Context) error {
 	}
 }
 
-func (m *Map) renewOnce(ctx context.Context, check bool) error {
+// renewOnce renews the lease, and with check looks whether anything else ends the
+// term; over says that it has ended.
+func (m *Map) renewOnce(ctx context.Context, check bool) (over bool, err error) {
 	if m.cfg.Healthy != nil {
 		if err := m.cfg.Healthy(); err != nil {
-			return err
+			return false, err
 		}
 	}
 	m.mu.Lock()
@@ -303,24 +314,46 @@ func (m *Map) renewOnce(ctx context.Context, check bool) error {
 	try, cancel := context.WithTimeout(ctx, min(m.cfg.Timeout, m.cfg.Renew))
 	ttl, err := m.store.KeepAliveOnce(try, lease)
 	cancel()
-	if err != nil {
-		return err
+	switch {
+	case errors.Is(err, ErrLease):
+		return true, errGone
+	case err != nil:
+		return false, err
 	}
 	if check || sent >= until {
 		// The lease lives, but others may have had cause to take the key from it.
-		res, err := m.read(ctx, get(m.live(m.me.ID)))
-		if err != nil {
-			return err
-		}
-		if kv := res.kv(0); kv == nil || kv.Lease != lease {
-			return errGone
+		if over, err := m.look(ctx, lease); err != nil {
+			return over, err
 		}
 	}
 	m.mu.Lock()
+	if now := m.cfg.Now(); now >= m.until {
+		m.since = now // it was not valid for a while
+	}
 	m.until, m.why = sent+ttl-m.margin(ttl), nil
 	m.mu.Unlock()
 	m.refreshBucket(ctx)
-	return nil
+	return false, nil
+}
+
+// look asks etcd whether this registration is still good.
+func (m *Map) look(ctx context.Context, lease int64) (over bool, err error) {
+	res, err := m.read(ctx, get(m.live(m.me.ID)), get(m.fence(m.me.ID, m.me.Boot)), get(m.key("meta")))
+	if err != nil {
+		return m.Unsafe() != nil, err
+	}
+	m.mu.Lock()
+	generation := m.meta.revision
+	m.mu.Unlock()
+	switch {
+	case res.kv(1) != nil:
+		return true, errDeclared
+	case res.kv(0) == nil, res.kv(0).Lease != lease:
+		return true, errGone
+	case revisionOf(res.kv(2)) != generation:
+		return true, errors.New("the cluster's generation has changed; this node is registering again")
+	}
+	return false, nil
 }
 
 // refreshBucket gets a lease for this hour's audit lines, if it can.

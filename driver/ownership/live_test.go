@@ -33,6 +33,7 @@ func start(t *testing.T, mem *ownership.Memory, id string) (*ownership.Map, *own
 	if err := m.Registered(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	synctest.Wait() // its watches have begun
 	return m, faults, asleep
 }
 

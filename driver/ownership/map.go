@@ -34,6 +34,11 @@ type Config struct {
 	// Healthy, if set, is asked before each renewal: a process that no longer works
 	// must not go on looking alive.
 	Healthy func() error
+	// Condemned is called, before this node registers, if it was declared dead: other
+	// nodes may already have what it owned. When it returns nil, everything this node
+	// had open MUST be given up; on an error it is called again. Without it such a
+	// node does not register.
+	Condemned func(ctx context.Context, death Death) error
 	// Seen is what Map.Seen returned in the last life of this node, if that is
 	// known. With it, an etcd that was emptied or put back to an older state is
 	// noticed, and refused.
@@ -47,6 +52,9 @@ type Seen struct {
 	Cluster  string `json:"cluster"`
 	Gen      int64  `json:"gen"`
 	Revision int64  `json:"revision"`
+	// Older says that etcd was seen at a lower revision since. What it says of this
+	// generation is not believed any more, not even when its revision has caught up.
+	Older bool `json:"older,omitempty"`
 }
 
 // Map is one node's view of the map from datasets to owners. All its methods may
@@ -57,6 +65,9 @@ type Seen struct {
 // Release, HandOver or Delete the volume must be regarded as given up until the
 // same call, or Retake, succeeds: Check proves nothing about a write that is
 // still on its way.
+//
+// While this etcd is refused, see Unsafe, nothing is read or written:
+// ErrUnavailable says why.
 type Map struct {
 	store Store
 	me    Node
@@ -64,13 +75,18 @@ type Map struct {
 	root  string
 	log   *logrus.Entry
 
-	registered chan struct{} // closed at the first registration
-	poke       chan struct{} // makes the liveness loop look at once
-	revision   atomic.Int64  // the highest one seen
+	registered    chan struct{} // closed at the first registration
+	registrations chan struct{}
+	poke          chan struct{} // makes the liveness loop look at once
+	revision      atomic.Int64  // the highest one seen
+	peers         peers
 
 	mu     sync.Mutex
 	meta   meta
+	older  bool  // Seen.Older
+	unsafe error // why this etcd is refused
 	lease  int64
+	since  time.Duration // the lease has been valid without a gap since
 	until  time.Duration // the lease is valid before
 	why    error         // why it is not
 	bucket bucket
@@ -109,8 +125,9 @@ func New(store Store, node Node, cfg Config) *Map {
 	node.Session = cmp.Or(node.Session, uuid.NewString())
 	m := &Map{
 		store: store, me: node, cfg: cfg, root: cfg.Prefix + "/v1/", log: cfg.Log,
-		registered: make(chan struct{}), poke: make(chan struct{}, 1),
-		why: errors.New("this node has not registered in etcd yet"),
+		registered: make(chan struct{}), registrations: make(chan struct{}, 1), poke: make(chan struct{}, 1),
+		why:   errors.New("this node has not registered in etcd yet"),
+		older: cfg.Seen.Older,
 	}
 	m.revision.Store(cfg.Seen.Revision)
 	return m
@@ -131,9 +148,11 @@ func (m *Map) Seen() Seen {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.meta.Cluster == "" {
-		return m.cfg.Seen
+		seen := m.cfg.Seen
+		seen.Older = m.older
+		return seen
 	}
-	return Seen{Cluster: m.meta.Cluster, Gen: m.meta.Gen, Revision: m.revision.Load()}
+	return Seen{Cluster: m.meta.Cluster, Gen: m.meta.Gen, Revision: m.revision.Load(), Older: m.older}
 }
 
 func (m *Map) key(parts ...string) string { return m.root + strings.Join(parts, "/") }
@@ -142,6 +161,9 @@ func (m *Map) vol(vid string) string      { return m.key("vol", vid) }
 func (m *Map) name(name string) string    { return m.key("name", name) }
 func (m *Map) live(nid string) string     { return m.key("live", nid) }
 
+func (m *Map) node(nid string) string { return m.key("node", nid) }
+
+func (m *Map) fence(nid, boot string) string     { return m.key("fence", nid, boot) }
 func (m *Map) req(owner, vid, nid string) string { return m.key("req", owner, vid, nid) }
 func (m *Map) rep(nid, vid string) string        { return m.key("rep", nid, vid) }
 
@@ -165,18 +187,32 @@ func (m *Map) write(ctx context.Context, txn Txn) (TxnResult, error) {
 	return m.send(ctx, txn, 2*m.cfg.Timeout)
 }
 
+// send is exchange with an etcd that this node trusts.
 func (m *Map) send(ctx context.Context, txn Txn, budget time.Duration) (TxnResult, error) {
+	if err := m.trusted(); err != nil {
+		return TxnResult{}, err
+	}
+	before := m.revision.Load()
+	res, err := m.exchange(ctx, txn, budget)
+	switch {
+	case err != nil:
+		return TxnResult{}, err
+	case res.Revision < min(before, m.revision.Load()): // it is lowered by a restore that was accepted
+		return TxnResult{}, m.distrust(putBack(res.Revision, before))
+	}
+	m.observe(res.Revision)
+	return res, nil
+}
+
+// exchange sends a transaction and, should that fail, sends it again.
+func (m *Map) exchange(ctx context.Context, txn Txn, budget time.Duration) (TxnResult, error) {
 	ctx, cancel := context.WithTimeout(ctx, budget)
 	defer cancel()
 	wait := backoff{first: 25 * time.Millisecond, most: 250 * time.Millisecond}
 	for try := 1; ; try++ {
-		before := m.revision.Load()
 		res, err := m.try(ctx, txn)
 		switch {
-		case err == nil && res.Revision < before:
-			return TxnResult{}, unavailable(fmt.Errorf("etcd is at revision %d and was at %d before: it has been put back to an older state", res.Revision, before))
 		case err == nil:
-			m.observe(res.Revision)
 			return res, nil
 		case errors.Is(err, ErrLease) && m.dropBucket(&txn):
 			// Without the audit line rather than not at all.

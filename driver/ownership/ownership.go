@@ -30,6 +30,9 @@ type Node struct {
 	Session string `json:"session,omitempty"`
 	// State is empty for a node in service; cordoned, lost or removed otherwise.
 	State string `json:"state,omitempty"`
+	// Identities are the names by which storage systems know the node, by backend: a
+	// fence needs them when the node cannot be asked any more.
+	Identities map[string]string `json:"identities,omitempty"`
 }
 
 // Phase is where a volume is in its life.
@@ -80,21 +83,47 @@ type Owner struct {
 	// closed before.
 	From  string `json:"from,omitempty"`
 	Clean bool   `json:"clean,omitempty"`
-	// Pending is set while a takeover's fence is not yet verified: the volume must
-	// not be attached then.
+	// Unclean says that a former owner was cut off with the filesystem open.
+	Unclean bool `json:"unclean,omitempty"`
+	// Pending is set while a takeover's fence is not yet verified: the volume MUST
+	// NOT be attached, handed over, released or deleted then. Settle ends it.
 	Pending *Pending `json:"pending,omitempty"`
 
 	// Token is the fencing token: the key's mod revision, fixed for the tenure.
 	Token int64 `json:"-"`
 }
 
-// Pending is whom a takeover has to fence, captured when it was recorded.
+// Pending is whom a takeover has to fence, captured when it was recorded: nothing
+// in it may be looked up later. If a taker dies before it has settled, the next
+// one gets the same Pending; so it may name the node that takes over itself.
 type Pending struct {
-	Node       string `json:"node"`
-	Boot       string `json:"boot"`
-	Token      int64  `json:"token"`
-	Attachment string `json:"attachment,omitempty"`
+	Node string `json:"node"`
+	Host string `json:"host"`
+	Boot string `json:"boot"`
+	// Token is what Node owned the volume under: its attachments of this token and
+	// of older ones are to be cut.
+	Token int64 `json:"token"`
+	// Identities are Node's, as it registered last.
+	Identities map[string]string `json:"identities,omitempty"`
+	Grounds    Grounds           `json:"grounds"`
 }
+
+// Grounds are why a volume may be taken from its owner.
+type Grounds string
+
+// The grounds. Each of them holds only as long as the owner is not live; with
+// GroundsConfirmed it may be, if the declaration was forced.
+const (
+	// GroundsSilent: the owner is not heard from. It may be writing all the same, so
+	// the storage has to cut it off.
+	GroundsSilent Grounds = "silent"
+	// GroundsConfirmed: the owner was declared dead, see DeclareDead.
+	GroundsConfirmed Grounds = "confirmed"
+	// GroundsRebooted: the owner has registered under another boot id since, so what
+	// it had mounted is gone. For this to be true, a node that finds an ownership of
+	// its own with another boot id MUST Retake it before it uses the volume.
+	GroundsRebooted Grounds = "rebooted"
+)
 
 // Request is a node's wish for a volume another one owns: req/<owner>/<vid>/<nid>.
 type Request struct {

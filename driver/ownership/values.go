@@ -19,6 +19,8 @@ type meta struct {
 	// (gen, token) never goes back.
 	Gen    int64 `json:"gen"`
 	Schema int   `json:"schema"`
+
+	revision int64
 }
 
 // alive is the value of live/<nid>.
@@ -33,14 +35,22 @@ type nameValue struct {
 	Op     string `json:"op"`
 }
 
+// deathValue is the value of fence/<nid>/<boot>.
+type deathValue struct {
+	Death
+	Op string `json:"op"`
+}
+
 // auditLine is the value of ev/<hour>/<nid>/<n>.
 type auditLine struct {
 	At     time.Time `json:"at"`
 	What   string    `json:"what"`
-	Volume string    `json:"volume"`
+	Volume string    `json:"volume,omitempty"`
 	Node   string    `json:"node"`
+	From   string    `json:"from,omitempty"`
 	To     string    `json:"to,omitempty"`
 	Token  int64     `json:"token,omitempty"`
+	Detail string    `json:"detail,omitempty"`
 	Op     string    `json:"op"`
 }
 
@@ -98,6 +108,8 @@ func decodeOwner(kv KV) (Owner, error) {
 			return fmt.Errorf("volume is %q", o.Volume)
 		case o.Node == "":
 			return errors.New("node is missing")
+		case o.Pending != nil && (o.Pending.Node == "" || o.Pending.Token <= 0):
+			return errors.New("whom its takeover is from is missing")
 		}
 		o.Token = kv.ModRevision
 		return nil
@@ -157,6 +169,17 @@ func decodeAlive(kv KV) (alive, error) {
 	})
 }
 
+func decodeDeath(kv KV) (deathValue, error) {
+	return decode(kv, func(d *deathValue) error {
+		nid := last(strings.TrimSuffix(kv.Key, "/"+last(kv.Key)))
+		if d.Boot != last(kv.Key) || d.Node != nid {
+			return errors.New("node and boot are not those of the key")
+		}
+		d.Revision = kv.ModRevision
+		return nil
+	})
+}
+
 func decodeMeta(kv KV) (meta, error) {
 	return decode(kv, func(m *meta) error {
 		switch {
@@ -165,6 +188,7 @@ func decodeMeta(kv KV) (meta, error) {
 		case m.Schema > schema:
 			return fmt.Errorf("schema %d is newer than this version of Flocker understands (%d): update Flocker on this host", m.Schema, schema)
 		}
+		m.revision = kv.ModRevision
 		return nil
 	})
 }

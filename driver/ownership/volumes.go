@@ -381,6 +381,98 @@ func (m *Map) Formatted(ctx context.Context, vid string, token int64, v Volume) 
 	}
 }
 
+// Quarantine puts v aside, for a reason that users are told: nobody can claim it
+// until Reinstate. This node must own it under token: ErrLost if that is no longer
+// current. It still owns it then. What others have changed of v since v.Revision
+// is kept.
+func (m *Map) Quarantine(ctx context.Context, v Volume, token int64, reason string) (Volume, error) {
+	if token <= 0 || !validID(v.ID) {
+		return Volume{}, lostToken(v.ID)
+	}
+	if v.Revision <= 0 {
+		return Volume{}, changed(v.ID)
+	}
+	for try := 1; ; try++ {
+		v.Phase, v.Reason, v.Op = PhaseQuarantined, reason, newOp()
+		res, err := m.write(ctx, Txn{
+			If: []Cmp{mod(m.vol(v.ID), v.Revision), mod(m.own(v.ID), token)},
+			Then: append([]Op{put(m.vol(v.ID), encode(v))},
+				m.audit(auditLine{What: "quarantine", Volume: v.ID, Token: token, Detail: reason, Op: v.Op})...),
+			Else: []Op{get(m.own(v.ID)), get(m.vol(v.ID))},
+		})
+		if err != nil {
+			return Volume{}, err
+		}
+		if res.Succeeded {
+			v.Revision = res.Revision
+			return v, nil
+		}
+		if carries(res.kv(1), v.Op, decodeVolume, volumeOp) {
+			return decodeVolume(*res.kv(1))
+		}
+		if revisionOf(res.kv(0)) != token {
+			return Volume{}, lostToken(v.ID)
+		}
+		if res.kv(1) == nil {
+			return Volume{}, noSuch(v.Name)
+		}
+		now, err := decodeVolume(*res.kv(1))
+		switch {
+		case err != nil:
+			return Volume{}, err
+		case now.Phase == PhaseQuarantined: // the first reason is the cause of the others
+			return now, nil
+		case try == tries:
+			return Volume{}, changed(v.ID)
+		}
+		v = now
+	}
+}
+
+// Reinstate makes a quarantined volume ready again.
+func (m *Map) Reinstate(ctx context.Context, vid string) (Volume, error) {
+	if !validID(vid) {
+		return Volume{}, noSuch(vid)
+	}
+	res, err := m.read(ctx, get(m.vol(vid)))
+	if err != nil {
+		return Volume{}, err
+	}
+	op := newOp()
+	for try := 1; ; try++ {
+		kv := res.kv(0)
+		if kv == nil {
+			return Volume{}, noSuch(vid)
+		}
+		v, err := decodeVolume(*kv)
+		switch {
+		case err != nil:
+			return Volume{}, err
+		case v.Op == op: // an earlier send
+			return v, nil
+		case v.Phase != PhaseQuarantined:
+			return Volume{}, fmt.Errorf("volume %s is not quarantined (it is %s), so nothing was changed", v.Name, v.Phase)
+		case try > tries:
+			return Volume{}, changed(vid)
+		}
+		reason := v.Reason
+		v.Phase, v.Reason, v.Op = PhaseReady, "", op
+		res, err = m.write(ctx, Txn{
+			If: []Cmp{mod(m.vol(vid), v.Revision)},
+			Then: append([]Op{put(m.vol(vid), encode(v))},
+				m.audit(auditLine{What: "reinstate", Volume: vid, Detail: "was quarantined: " + reason, Op: op})...),
+			Else: []Op{get(m.vol(vid))},
+		})
+		if err != nil {
+			return Volume{}, err
+		}
+		if res.Succeeded {
+			v.Revision = res.Revision
+			return v, nil
+		}
+	}
+}
+
 // Delete takes v's name away and leaves a tombstone, to be ended by Purge when
 // the backend has deleted the storage. With token 0 nobody may own the volume;
 // otherwise this node must, with that token, and no longer does afterwards: it
