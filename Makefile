@@ -30,8 +30,9 @@ help: ## print this
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 .PHONY: build
-build: ## the plugin's binary, build/flocker-plugin
+build: ## the binaries: build/flocker-plugin, and build/docker-flocker for the command line
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o build/flocker-plugin ./plugin
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o build/docker-flocker ./cmd/docker-flocker
 
 .PHONY: plugin
 plugin: build ## the managed plugin, build/plugin; BASE=debian:12-slim makes it with docker build
@@ -64,11 +65,11 @@ base: ## the plugin's root file system from Debian packages, where no registry c
 		rm -rf $(CACHE)/base-*; cp -a $$tmp/rootfs $(BASEDIR).new; mv $(BASEDIR).new $(BASEDIR); }
 
 .PHONY: install
-install: plugin ## create, set and enable the plugin on this machine's Docker; FLOCKER_… variables are its settings
+install: plugin ## enable the plugin on this machine's Docker, and docker flocker; FLOCKER_… variables are its settings
 	$(GO) run ./e2e/install
 
 .PHONY: uninstall
-uninstall: ## disable and remove the plugin; volumes and state stay in /var/lib/flocker
+uninstall: ## remove the plugin and docker flocker; volumes and state stay in /var/lib/flocker
 	$(GO) run ./e2e/install -uninstall
 
 .PHONY: demo

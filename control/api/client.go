@@ -1,0 +1,132 @@
+package api
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/url"
+	"syscall"
+	"time"
+)
+
+// Socket is where the plugin of a host listens, unless FLOCKER_STATE_DIR, or the
+// source of the plugin's mount "state", is another directory.
+const Socket = "/var/lib/flocker/control.sock"
+
+// Patience is how long a Client waits for an answer. The plugin gives up before.
+const Patience = 30 * time.Second
+
+const maxAnswer = 16 << 20
+
+// Error is what the plugin answers when it refuses, or fails.
+type Error struct {
+	Status int // HTTP's
+	Text   string
+}
+
+func (e *Error) Error() string { return e.Text }
+
+// Client asks the plugin of this host.
+type Client struct {
+	// Socket is the plugin's control socket.
+	Socket string
+}
+
+// Nodes lists the cluster's nodes.
+func (c *Client) Nodes(ctx context.Context) ([]Node, error) {
+	var answer Nodes
+	err := c.do(ctx, http.MethodGet, "/v1/nodes", nil, &answer)
+	return answer.Nodes, err
+}
+
+// ConfirmDead declares a host, given by its name or its node's id, dead. An Error
+// with status 409 says that it is live.
+func (c *Client) ConfirmDead(ctx context.Context, host string, body Confirmation) (Confirmed, error) {
+	var answer Confirmed
+	err := c.do(ctx, http.MethodPost, "/v1/nodes/"+url.PathEscape(host)+"/confirm-dead", body, &answer)
+	return answer, err
+}
+
+// Reinstate takes a volume out of quarantine.
+func (c *Client) Reinstate(ctx context.Context, volume string) (Reinstated, error) {
+	var answer Reinstated
+	err := c.do(ctx, http.MethodPost, "/v1/volumes/"+url.PathEscape(volume)+"/reinstate", nil, &answer)
+	return answer, err
+}
+
+// AcceptRestore makes the cluster go on with an etcd that was restored.
+func (c *Client) AcceptRestore(ctx context.Context, body Acceptance) (Accepted, error) {
+	var answer Accepted
+	err := c.do(ctx, http.MethodPost, "/v1/cluster/accept-restore", body, &answer)
+	return answer, err
+}
+
+func (c *Client) do(ctx context.Context, method, path string, body, answer any) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, Patience, fmt.Errorf("no answer within %v", Patience))
+	defer cancel()
+	var sent io.Reader = http.NoBody
+	if body != nil {
+		data, err := json.Marshal(body)
+		if err != nil {
+			return fmt.Errorf("encode the request: %w", err)
+		}
+		sent = bytes.NewReader(data)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://flocker"+path, sent)
+	if err != nil {
+		return fmt.Errorf("make the request: %w", err)
+	}
+	req.Header.Set("Content-Type", "application/json")
+	client := http.Client{
+		Transport: &http.Transport{
+			DisableKeepAlives: true,
+			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+				return new(net.Dialer).DialContext(ctx, "unix", c.Socket)
+			},
+		},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return c.explain(ctx, err)
+	}
+	defer resp.Body.Close()
+	data, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	if err != nil {
+		return c.explain(ctx, err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		var failure Failure
+		if json.Unmarshal(data, &failure) != nil || failure.Error == "" {
+			failure.Error = fmt.Sprintf("%s answers %s, which is not what a Flocker plugin says", c.Socket, resp.Status)
+		}
+		return &Error{Status: resp.StatusCode, Text: failure.Error}
+	}
+	if err := json.Unmarshal(data, answer); err != nil {
+		return fmt.Errorf("%s does not answer as a Flocker plugin: %w", c.Socket, err)
+	}
+	return nil
+}
+
+// explain says what to do about a plugin that gives no answer.
+func (c *Client) explain(ctx context.Context, err error) error {
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+		return fmt.Errorf("no Flocker plugin answers on %s: is it enabled on this host? (docker plugin ls)", c.Socket)
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("only root may use %s: type it again with sudo", c.Socket)
+	case ctx.Err() != nil:
+		err = context.Cause(ctx)
+	default:
+		if wrapped, ok := errors.AsType[*url.Error](err); ok {
+			err = wrapped.Err
+		}
+	}
+	return fmt.Errorf("the Flocker plugin on %s broke off: %w; whether anything was done is not known, but it can be asked again", c.Socket, err)
+}

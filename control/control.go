@@ -1,0 +1,296 @@
+// Package control is what an operator asks of the plugin beside Docker: which
+// nodes there are, that one of them is dead, that a volume may be used again, that
+// a restored etcd is the right one. It serves the requests of control/api; it
+// decides nothing, but asks the driver, and sees to it that what is dangerous was
+// typed twice.
+//
+// Whoever reaches it may do everything, so it belongs on a socket of root's.
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"time"
+	"unicode"
+
+	"github.com/sirupsen/logrus"
+
+	"github.com/flocker-plugin/flocker/control/api"
+	"github.com/flocker-plugin/flocker/driver/ownership"
+)
+
+// Driver is what is asked to decide; *driver.Driver is one.
+type Driver interface {
+	Nodes(ctx context.Context) ([]ownership.NodeStatus, error)
+	// ConfirmDead records that a host, given by name or by its node's id, is dead.
+	// It is refused with an *ownership.LiveError while the host is live, unless
+	// Forced.
+	ConfirmDead(ctx context.Context, host string, d ownership.Death) (ownership.Death, error)
+	Reinstate(ctx context.Context, name string) error
+	AcceptRestore(ctx context.Context) (gen int64, err error)
+}
+
+// Owners is what is asked who has what; *ownership.Map is one.
+type Owners interface {
+	List(ctx context.Context) ([]ownership.View, error)
+	Silence(node string) (silent time.Duration, ok bool)
+}
+
+const (
+	// deadline of a request; before api.Patience, so that the operator reads our
+	// sentence.
+	deadline = 20 * time.Second
+	// listing bounds what an answer waits for the names of volumes: they are
+	// welcome, not needed.
+	listing  = 5 * time.Second
+	ioLimit  = 10 * time.Second // to read a body, to write an answer
+	maxBody  = 64 << 10
+	maxText  = 1000 // bytes of because and by
+	unstated = "an operator said so"
+)
+
+// Admin serves the requests of control/api.
+type Admin struct {
+	driver Driver
+	owners Owners
+	log    *logrus.Entry
+	mux    *http.ServeMux
+}
+
+// New makes an Admin. Every change that is asked for is logged, done or not.
+func New(d Driver, owners Owners, log *logrus.Entry) *Admin {
+	a := &Admin{driver: d, owners: owners, log: log, mux: http.NewServeMux()}
+	a.handle("GET /v1/nodes", a.nodes)
+	a.handle("POST /v1/nodes/{host}/confirm-dead", a.confirmDead)
+	a.handle("POST /v1/volumes/{name}/reinstate", a.reinstate)
+	a.handle("POST /v1/cluster/accept-restore", a.acceptRestore)
+	a.handle("/", func(_ context.Context, r *http.Request) (any, error) {
+		return nil, &refusal{http.StatusNotFound, fmt.Sprintf("there is no request %s %s: is docker-flocker newer than the plugin?", r.Method, r.URL.Path)}
+	})
+	return a
+}
+
+// ServeHTTP answers one request, within 20 s.
+func (a *Admin) ServeHTTP(w http.ResponseWriter, r *http.Request) { a.mux.ServeHTTP(w, r) }
+
+// A refusal is an error with the status it is answered with.
+type refusal struct {
+	status int
+	text   string
+}
+
+func (e *refusal) Error() string { return e.text }
+
+func badRequest(format string, args ...any) error {
+	return &refusal{http.StatusBadRequest, fmt.Sprintf(format, args...)}
+}
+
+func (a *Admin) handle(pattern string, answer func(ctx context.Context, r *http.Request) (any, error)) {
+	a.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+		ctx, cancel := context.WithTimeoutCause(r.Context(), deadline, fmt.Errorf("not done within %v", deadline))
+		defer cancel()
+		rc := http.NewResponseController(w)
+		_ = rc.SetReadDeadline(time.Now().Add(ioLimit)) // a recorder in a test has none
+		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
+		got, err := answer(ctx, r)
+		status := http.StatusOK
+		if err != nil {
+			status, got = statusOf(err), api.Failure{Error: err.Error()}
+		}
+		_ = rc.SetWriteDeadline(time.Now().Add(ioLimit))
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(status)
+		enc := json.NewEncoder(w)
+		enc.SetEscapeHTML(false) // people read these texts
+		_ = enc.Encode(got)      // whoever has gone away may ask again
+	})
+}
+
+func statusOf(err error) int {
+	if e, ok := errors.AsType[*refusal](err); ok {
+		return e.status
+	}
+	if _, ok := errors.AsType[*ownership.LiveError](err); ok {
+		return http.StatusConflict
+	}
+	switch {
+	case errors.Is(err, ownership.ErrNotFound):
+		return http.StatusNotFound
+	case errors.Is(err, ownership.ErrConflict):
+		return http.StatusConflict
+	case errors.Is(err, ownership.ErrUnavailable), errors.Is(err, context.DeadlineExceeded):
+		return http.StatusServiceUnavailable
+	}
+	return http.StatusInternalServerError
+}
+
+func (a *Admin) nodes(ctx context.Context, _ *http.Request) (any, error) {
+	all, err := a.driver.Nodes(ctx)
+	if err != nil {
+		return nil, err
+	}
+	answer := api.Nodes{Nodes: make([]api.Node, len(all))}
+	for i, n := range all {
+		answer.Nodes[i] = api.Node{ID: n.ID, Host: n.Host, Boot: n.Boot, State: n.State, Live: n.Live, Volumes: n.Owned}
+		if silent, ok := a.owners.Silence(n.ID); ok && !n.Live {
+			seconds := silent.Seconds()
+			answer.Nodes[i].Silent = &seconds
+		}
+		if n.Death != nil {
+			death := wire(*n.Death)
+			answer.Nodes[i].Death = &death
+		}
+	}
+	return answer, nil
+}
+
+func (a *Admin) confirmDead(ctx context.Context, r *http.Request) (any, error) {
+	host := r.PathValue("host")
+	var body api.Confirmation
+	if err := decode(r, &body); err != nil {
+		return nil, err
+	}
+	if err := plain("because", body.Because); err != nil {
+		return nil, err
+	}
+	if err := plain("by", body.By); err != nil {
+		return nil, err
+	}
+	if body.By == "" {
+		return nil, badRequest("by is missing: say who declares the host dead")
+	}
+	// It is looked at here and not only where it is typed, so that no script forces
+	// by accident.
+	if body.Force && body.Typed != host {
+		return nil, badRequest("to force it, the host's name has to be typed a second time, and %q is not %q: docker flocker node confirm-dead %s --force --confirm %s",
+			body.Typed, host, host, host)
+	}
+	if body.Because == "" {
+		body.Because = unstated
+	}
+	if err := a.known(ctx, host); err != nil {
+		return nil, err
+	}
+	death, err := a.driver.ConfirmDead(ctx, host, ownership.Death{
+		Method: "operator", Evidence: body.Because, By: body.By, At: time.Now().UTC(), Forced: body.Force,
+	})
+	if live, ok := errors.AsType[*ownership.LiveError](err); ok {
+		err = &refusal{http.StatusConflict, fmt.Sprintf("host %s answers (its lease in etcd is valid), so it is not dead: "+
+			"stop the containers there, and other hosts can mount their volumes; "+
+			"to force it nevertheless: docker flocker node confirm-dead %s --force", live.Host, host)}
+	}
+	a.changed("confirm-dead", err, logrus.Fields{"host": host, "by": body.By, "because": body.Because, "forced": body.Force, "boot": death.Boot})
+	if err != nil {
+		return nil, err
+	}
+	return api.Confirmed{Death: wire(death), Volumes: a.volumesOf(ctx, death.Node)}, nil
+}
+
+// known refuses what is not the name or the id of one node.
+func (a *Admin) known(ctx context.Context, host string) error {
+	nodes, err := a.driver.Nodes(ctx)
+	if err != nil {
+		return err
+	}
+	var ids []string
+	for _, n := range nodes {
+		switch host {
+		case n.ID:
+			return nil
+		case n.Host:
+			ids = append(ids, n.ID)
+		}
+	}
+	switch len(ids) {
+	case 0:
+		return &refusal{http.StatusNotFound, fmt.Sprintf("there is no host %q: docker flocker node ls shows those there are", host)}
+	case 1:
+		return nil
+	}
+	return &refusal{http.StatusConflict, fmt.Sprintf("%d nodes have the host name %s: use the id of the one you mean, %s", len(ids), host, strings.Join(ids, " or "))}
+}
+
+// volumesOf are the names of the volumes a node owns; nil if nobody can tell.
+func (a *Admin) volumesOf(ctx context.Context, node string) []string {
+	ctx, cancel := context.WithTimeout(ctx, listing)
+	defer cancel()
+	views, err := a.owners.List(ctx)
+	if err != nil {
+		return nil
+	}
+	names := []string{}
+	for _, v := range views {
+		if v.Owner != nil && v.Owner.Node == node {
+			names = append(names, v.Volume.Name)
+		}
+	}
+	return names
+}
+
+func (a *Admin) reinstate(ctx context.Context, r *http.Request) (any, error) {
+	name := r.PathValue("name")
+	err := a.driver.Reinstate(ctx, name)
+	a.changed("reinstate", err, logrus.Fields{"volume": name})
+	return api.Reinstated{Volume: name}, err
+}
+
+func (a *Admin) acceptRestore(ctx context.Context, r *http.Request) (any, error) {
+	var body api.Acceptance
+	if err := decode(r, &body); err != nil {
+		return nil, err
+	}
+	if body.Typed != api.Restored {
+		return nil, badRequest("to accept what was restored, the word %q has to be typed, and %q is not it: docker flocker cluster accept-restore --confirm %s",
+			api.Restored, body.Typed, api.Restored)
+	}
+	gen, err := a.driver.AcceptRestore(ctx)
+	a.changed("accept-restore", err, logrus.Fields{"generation": gen})
+	return api.Accepted{Generation: gen}, err
+}
+
+func (a *Admin) changed(op string, err error, fields logrus.Fields) {
+	log := a.log.WithField("op", op).WithFields(fields)
+	if err != nil {
+		log.WithField("err", err).Warn("an operator's request failed")
+		return
+	}
+	log.Info("done as an operator asked")
+}
+
+// decode reads the body, which must be one JSON object with fields that are known:
+// one that is misspelt is not one that was left out.
+func decode(r *http.Request, body any) error {
+	dec := json.NewDecoder(r.Body)
+	dec.DisallowUnknownFields()
+	err := dec.Decode(body)
+	if err == nil {
+		if _, err = dec.Token(); errors.Is(err, io.EOF) {
+			return nil
+		}
+		return badRequest("the request's body goes on after its JSON object")
+	}
+	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
+		return &refusal{http.StatusRequestEntityTooLarge, "the request's body is larger than 64 KiB"}
+	}
+	return badRequest("the request's body is not what it should be: %v", err)
+}
+
+// plain refuses what would not fit on a line of a log or a table.
+func plain(name, text string) error {
+	if len(text) > maxText {
+		return badRequest("%s is longer than %d bytes: shorten it", name, maxText)
+	}
+	if strings.ContainsFunc(text, unicode.IsControl) {
+		return badRequest("%s has line breaks or other control characters: leave them out", name)
+	}
+	return nil
+}
+
+func wire(d ownership.Death) api.Death {
+	return api.Death{Node: d.Node, Host: d.Host, Boot: d.Boot, Because: d.Evidence, By: d.By, At: d.At, Forced: d.Forced}
+}

@@ -1,0 +1,302 @@
+package control_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"github.com/flocker-plugin/flocker/control"
+	"github.com/flocker-plugin/flocker/control/api"
+	"github.com/flocker-plugin/flocker/driver/ownership"
+)
+
+// fake is a driver and a map of owners that answer what they are told.
+type fake struct {
+	nodes   []ownership.NodeStatus
+	silence map[string]time.Duration
+	views   []ownership.View
+	// err is what a change ends with; the other two are what the questions do.
+	err, nodesErr, listErr error
+	wait                   bool // until the request's context is done
+
+	// calls are what the driver was asked to change.
+	calls []string
+	death ownership.Death // the last that was asked for
+}
+
+func (f *fake) do(ctx context.Context, format string, args ...any) error {
+	f.calls = append(f.calls, fmt.Sprintf(format, args...))
+	if f.wait {
+		<-ctx.Done()
+		return fmt.Errorf("%w: %w", ownership.ErrUnavailable, context.Cause(ctx))
+	}
+	return f.err
+}
+
+func (f *fake) Nodes(context.Context) ([]ownership.NodeStatus, error) { return f.nodes, f.nodesErr }
+
+func (f *fake) ConfirmDead(ctx context.Context, host string, d ownership.Death) (ownership.Death, error) {
+	f.death = d
+	d.Node, d.Host, d.Boot = "n1", "a", "9f3c1a2b-0000-4000-8000-000000000000"
+	return d, f.do(ctx, "confirm-dead %s", host)
+}
+
+func (f *fake) Reinstate(ctx context.Context, name string) error {
+	return f.do(ctx, "reinstate %s", name)
+}
+
+func (f *fake) AcceptRestore(ctx context.Context) (int64, error) {
+	return 3, f.do(ctx, "accept-restore")
+}
+
+func (f *fake) List(context.Context) ([]ownership.View, error) { return f.views, f.listErr }
+
+func (f *fake) Silence(node string) (time.Duration, bool) {
+	silent, ok := f.silence[node]
+	return silent, ok
+}
+
+// known are the nodes of most tests.
+func known() []ownership.NodeStatus {
+	return []ownership.NodeStatus{{Node: ownership.Node{ID: "n1", Host: "a"}}, {Node: ownership.Node{ID: "n/2", Host: "b"}}}
+}
+
+// ask sends one request and returns the status, the body and what was logged.
+func ask(t *testing.T, f *fake, method, path, body string) (status int, answer, logged string) {
+	t.Helper()
+	var out bytes.Buffer
+	log := logrus.New()
+	log.SetOutput(&out)
+	log.SetFormatter(&logrus.TextFormatter{DisableColors: true, DisableTimestamp: true})
+	w := httptest.NewRecorder()
+	req := httptest.NewRequestWithContext(t.Context(), method, path, strings.NewReader(body))
+	control.New(f, f, logrus.NewEntry(log)).ServeHTTP(w, req)
+	if got := w.Header().Get("Content-Type"); got != "application/json" {
+		t.Errorf("%s %s: content type %q", method, path, got)
+	}
+	return w.Code, strings.TrimSuffix(w.Body.String(), "\n"), strings.TrimSuffix(out.String(), "\n")
+}
+
+const unavailable = "ownership cannot be checked: <etcd> is away"
+
+var errAway = fmt.Errorf("%w: <etcd> is away", ownership.ErrUnavailable)
+
+func TestNodes(t *testing.T) {
+	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	f := &fake{
+		nodes: []ownership.NodeStatus{
+			{Node: ownership.Node{ID: "n1", Host: "a", Boot: "b1", Session: "secret"}, Live: true, Owned: 2},
+			{Node: ownership.Node{ID: "n2", Host: "b", Boot: "b2", State: "cordoned"}, Owned: 1},
+			{Node: ownership.Node{ID: "n3", Host: "c", Boot: "b3"}},
+			{
+				Node:  ownership.Node{ID: "n4", Host: "d", Boot: "b4"},
+				Death: &ownership.Death{Node: "n4", Host: "d", Boot: "b4", Method: "operator", Evidence: "burnt", By: "anna@a", At: at, Forced: true},
+			},
+		},
+		// Of a node that is live the last silence may still be remembered.
+		silence: map[string]time.Duration{"n1": time.Second, "n2": 34500 * time.Millisecond},
+	}
+	status, got, logged := ask(t, f, "GET", "/v1/nodes", "")
+	want := `{"nodes":[` +
+		`{"id":"n1","host":"a","boot":"b1","live":true,"volumes":2},` +
+		`{"id":"n2","host":"b","boot":"b2","state":"cordoned","live":false,"silent_seconds":34.5,"volumes":1},` +
+		`{"id":"n3","host":"c","boot":"b3","live":false,"volumes":0},` +
+		`{"id":"n4","host":"d","boot":"b4","live":false,"volumes":0,"death":{"node":"n4","host":"d","boot":"b4","because":"burnt","by":"anna@a","at":"2026-01-02T03:04:05Z","forced":true}}]}`
+	if status != 200 || got != want {
+		t.Errorf("got %d %s, want 200 %s", status, got, want)
+	}
+	if logged != "" {
+		t.Errorf("a question was logged: %s", logged)
+	}
+	if status, got, _ = ask(t, &fake{}, "GET", "/v1/nodes", ""); status != 200 || got != `{"nodes":[]}` {
+		t.Errorf("no nodes: got %d %s", status, got)
+	}
+}
+
+func TestConfirmDead(t *testing.T) {
+	owned := func(name, node string) ownership.View {
+		return ownership.View{Volume: ownership.Volume{Name: name}, Owner: &ownership.Owner{Node: node}}
+	}
+	f := &fake{nodes: known(), views: []ownership.View{owned("db", "n1"), owned("logs", "n2"), {Volume: ownership.Volume{Name: "free"}}, owned("www", "n1")}}
+	before := time.Now()
+	status, got, logged := ask(t, f, "POST", "/v1/nodes/a/confirm-dead", `{"because":"<burnt>","by":"anna@b"}`)
+	d := f.death
+	if d.At.Before(before.Add(-time.Second)) || d.At.After(time.Now()) || d.At.Location() != time.UTC {
+		t.Errorf("recorded at %v, want now, in UTC", d.At)
+	}
+	if d.Method != "operator" || d.Evidence != "<burnt>" || d.By != "anna@b" || d.Forced {
+		t.Errorf("recorded %+v", d)
+	}
+	at := d.At.Format(time.RFC3339Nano)
+	want := `{"death":{"node":"n1","host":"a","boot":"9f3c1a2b-0000-4000-8000-000000000000","because":"<burnt>","by":"anna@b","at":"` + at + `","forced":false},"volumes":["db","www"]}`
+	if status != 200 || got != want {
+		t.Errorf("got %d %s, want 200 %s", status, got, want)
+	}
+	if want := `level=info msg="done as an operator asked" because="<burnt>" boot=9f3c1a2b-0000-4000-8000-000000000000 by=anna@b forced=false host=a op=confirm-dead`; logged != want {
+		t.Errorf("logged %s, want %s", logged, want)
+	}
+
+	// Forced, of an id with a slash in it, without a reason, and with nobody to list.
+	f = &fake{nodes: known(), listErr: errAway}
+	status, got, _ = ask(t, f, "POST", "/v1/nodes/n%2F2/confirm-dead", `{"by":"anna@b","force":true,"typed":"n/2"}`)
+	if status != 200 || !strings.HasSuffix(got, `,"forced":true},"volumes":null}`) {
+		t.Errorf("forced: got %d %s", status, got)
+	}
+	if len(f.calls) != 1 || f.calls[0] != "confirm-dead n/2" || !f.death.Forced || f.death.Evidence != "an operator said so" {
+		t.Errorf("forced: driver saw %q, %+v", f.calls, f.death)
+	}
+	status, got, _ = ask(t, &fake{nodes: known()}, "POST", "/v1/nodes/a/confirm-dead", `{"by":"anna@b"}`)
+	if status != 200 || !strings.HasSuffix(got, `,"volumes":[]}`) {
+		t.Errorf("a host with no volumes: got %d %s", status, got)
+	}
+}
+
+func TestRepairs(t *testing.T) {
+	f := &fake{}
+	for _, test := range []struct{ path, body, want, call, logged string }{
+		{
+			"/v1/volumes/db/reinstate", "", `{"volume":"db"}`, "reinstate db",
+			`level=info msg="done as an operator asked" op=reinstate volume=db`,
+		},
+		{
+			"/v1/cluster/accept-restore", `{"typed":"restored"}`, `{"generation":3}`, "accept-restore",
+			`level=info msg="done as an operator asked" generation=3 op=accept-restore`,
+		},
+	} {
+		f.calls = nil
+		status, got, logged := ask(t, f, "POST", test.path, test.body)
+		if status != 200 || got != test.want {
+			t.Errorf("%s: got %d %s, want 200 %s", test.path, status, got, test.want)
+		}
+		if len(f.calls) != 1 || f.calls[0] != test.call {
+			t.Errorf("%s: driver saw %q, want %s", test.path, f.calls, test.call)
+		}
+		if logged != test.logged {
+			t.Errorf("%s: logged %s, want %s", test.path, logged, test.logged)
+		}
+	}
+}
+
+// What the driver refuses, and how that is answered.
+func TestFailures(t *testing.T) {
+	live := &ownership.LiveError{Host: "a"}
+	const confirm, reinstate, accept = "/v1/nodes/a/confirm-dead", "/v1/volumes/db/reinstate", "/v1/cluster/accept-restore"
+	for _, test := range []struct {
+		path, body string
+		err        error
+		status     int
+		want       string
+	}{
+		{confirm, `{"by":"anna@b"}`, errAway, 503, unavailable},
+		{confirm, `{"by":"anna@b"}`, fmt.Errorf("declare host a dead: %w", live), 409, "host a answers (its lease in etcd is valid), so it is not dead: " +
+			"stop the containers there, and other hosts can mount their volumes; to force it nevertheless: docker flocker node confirm-dead a --force"},
+		{"/v1/nodes/n1/confirm-dead", `{"by":"anna@b"}`, live, 409, "host a answers (its lease in etcd is valid), so it is not dead: " +
+			"stop the containers there, and other hosts can mount their volumes; to force it nevertheless: docker flocker node confirm-dead n1 --force"},
+		{confirm, `{"by":"anna@b"}`, errors.New("the value of host a is broken"), 500, "the value of host a is broken"},
+		{reinstate, "", fmt.Errorf("volume db: %w", ownership.ErrNotFound), 404, "volume db: no such volume"},
+		{reinstate, "", fmt.Errorf("volume db: %w", ownership.ErrConflict), 409, "volume db: changed by another node"},
+		{reinstate, "", errAway, 503, unavailable},
+		{accept, `{"typed":"restored"}`, errAway, 503, unavailable},
+	} {
+		f := &fake{nodes: known(), err: test.err}
+		status, got, logged := ask(t, f, "POST", test.path, test.body)
+		if want := `{"error":"` + test.want + `"}`; status != test.status || got != want {
+			t.Errorf("%s %v:\ngot  %d %s\nwant %d %s", test.path, test.err, status, got, test.status, want)
+		}
+		if !strings.HasPrefix(logged, `level=warning msg="an operator's request failed"`) {
+			t.Errorf("%s %v: logged %s", test.path, test.err, logged)
+		}
+	}
+	for path, method := range map[string]string{"/v1/nodes": "GET", confirm: "POST"} {
+		f := &fake{nodesErr: errAway}
+		if status, got, _ := ask(t, f, method, path, `{"by":"anna@b"}`); status != 503 || got != `{"error":"`+unavailable+`"}` || len(f.calls) > 0 {
+			t.Errorf("%s: got %d %s, driver saw %q", path, status, got, f.calls)
+		}
+	}
+}
+
+// Requests that are wrong by themselves never reach the driver.
+func TestRefused(t *testing.T) {
+	const confirm, accept = "/v1/nodes/a/confirm-dead", "/v1/cluster/accept-restore"
+	long := strings.Repeat("x", 1001)
+	for _, test := range []struct {
+		method, path, body string
+		status             int
+		want               string
+	}{
+		{"POST", confirm, `{"by":"anna@b","force":true}`, 400, `to force it, the host's name has to be typed a second time, and "" is not "a": docker flocker node confirm-dead a --force --confirm a`},
+		{"POST", confirm, `{"by":"anna@b","force":true,"typed":"A"}`, 400, `to force it, the host's name has to be typed a second time, and "A" is not "a": docker flocker node confirm-dead a --force --confirm a`},
+		{"POST", confirm, `{}`, 400, "by is missing: say who declares the host dead"},
+		{"POST", "/v1/nodes/c/confirm-dead", `{"by":"anna@b"}`, 404, `there is no host "c": docker flocker node ls shows those there are`},
+		{"POST", "/v1/nodes/twin/confirm-dead", `{"by":"anna@b"}`, 409, `2 nodes have the host name twin: use the id of the one you mean, n3 or n4`},
+		{"POST", confirm, `{"by":"` + long + `"}`, 400, "by is longer than 1000 bytes: shorten it"},
+		{"POST", confirm, `{"because":"` + long + `"}`, 400, "because is longer than 1000 bytes: shorten it"},
+		{"POST", confirm, `{"because":"a\nb"}`, 400, "because has line breaks or other control characters: leave them out"},
+		{"POST", confirm, "", 400, "the request's body is not what it should be: EOF"},
+		{"POST", confirm, "[]", 400, "the request's body is not what it should be: json: cannot unmarshal array into Go value of type api.Confirmation"},
+		{"POST", confirm, `{"by":"anna@b","forced":true}`, 400, `the request's body is not what it should be: json: unknown field "forced"`},
+		{"POST", confirm, `{"by":"anna@b"} {}`, 400, "the request's body goes on after its JSON object"},
+		{"POST", confirm, `{"by":"` + strings.Repeat("x", 64<<10) + `"}`, 413, "the request's body is larger than 64 KiB"},
+		{"POST", accept, `{}`, 400, `to accept what was restored, the word "restored" has to be typed, and "" is not it: docker flocker cluster accept-restore --confirm restored`},
+		{"POST", accept, `{"typed":"yes"}`, 400, `to accept what was restored, the word "restored" has to be typed, and "yes" is not it: docker flocker cluster accept-restore --confirm restored`},
+		{"GET", confirm, `{"by":"anna@b"}`, 404, "there is no request GET /v1/nodes/a/confirm-dead: is docker-flocker newer than the plugin?"},
+		{"POST", "/v2/nodes", "", 404, "there is no request POST /v2/nodes: is docker-flocker newer than the plugin?"},
+		{"GET", "/", "", 404, "there is no request GET /: is docker-flocker newer than the plugin?"},
+	} {
+		f := &fake{nodes: append(known(), ownership.NodeStatus{Node: ownership.Node{ID: "n3", Host: "twin"}}, ownership.NodeStatus{Node: ownership.Node{ID: "n4", Host: "twin"}})}
+		status, got, logged := ask(t, f, test.method, test.path, test.body)
+		want := `{"error":"` + strings.ReplaceAll(test.want, `"`, `\"`) + `"}`
+		if status != test.status || got != want {
+			t.Errorf("%s %.60s:\ngot  %d %s\nwant %d %s", test.path, test.body, status, got, test.status, want)
+		}
+		if len(f.calls) > 0 || logged != "" {
+			t.Errorf("%s %.60s: driver saw %q, logged %s", test.path, test.body, f.calls, logged)
+		}
+	}
+}
+
+// An etcd that hangs does not hang the operator.
+func TestDeadline(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		start := time.Now()
+		status, got, _ := ask(t, &fake{wait: true}, "POST", "/v1/volumes/db/reinstate", "")
+		if want := `{"error":"ownership cannot be checked: not done within 20s"}`; status != 503 || got != want {
+			t.Errorf("got %d %s, want 503 %s", status, got, want)
+		}
+		if took := time.Since(start); took != 20*time.Second {
+			t.Errorf("took %v", took)
+		}
+	})
+}
+
+// FuzzBody: nothing but a whole, known object gets to the driver, and every answer
+// is JSON.
+func FuzzBody(f *testing.F) {
+	for _, body := range []string{"", "{}", "null", `{"by":"a"}`, `{"by":"a","force":true,"typed":"a"}`, `{"by":1}`, `{"by":"a"}x`, "\x00"} {
+		f.Add(body)
+	}
+	f.Fuzz(func(t *testing.T, body string) {
+		d := &fake{nodes: known()}
+		status, got, _ := ask(t, d, http.MethodPost, "/v1/nodes/a/confirm-dead", body)
+		if (status == 200) != (len(d.calls) == 1) {
+			t.Errorf("%q: got %d %s, driver saw %q", body, status, got, d.calls)
+		}
+		var asked api.Confirmation
+		if d.death.Forced && (json.Unmarshal([]byte(body), &asked) != nil || asked.Typed != "a") {
+			t.Errorf("%q: forced, and the host was not typed", body)
+		}
+		if !strings.HasPrefix(got, `{"`) {
+			t.Errorf("%q: got %d %s", body, status, got)
+		}
+	})
+}
