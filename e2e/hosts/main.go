@@ -54,7 +54,7 @@ func run(ctx context.Context, cfg rig.Config, bare bool) error {
 		}
 	}
 	for _, h := range r.Hosts {
-		fmt.Printf("alias %s='docker -H unix://%s'   # %s, logs and /var/lib in %s\n", h.Name, h.Socket, h.Addr, h.Dir)
+		fmt.Printf("alias %s='%s docker'   # %s, logs and /var/lib in %s\n", h.Name, strings.Join(h.Env(), " "), h.Addr, h.Dir)
 	}
 	fmt.Println("# Ctrl-C ends them")
 	<-ctx.Done()

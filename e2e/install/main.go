@@ -1,5 +1,6 @@
-// Command install puts the plugin in build/plugin on this machine's Docker, or
-// takes it off: `make install` and `make uninstall`.
+// Command install puts the plugin in build/plugin on this machine's Docker, and
+// build/docker-flocker where Docker's command line finds it, or takes both off:
+// `make install` and `make uninstall`.
 package main
 
 import (
@@ -7,6 +8,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -20,6 +22,10 @@ import (
 
 // stateDir has to exist when the plugin is enabled, because config.json mounts it.
 const stateDir = "/var/lib/flocker"
+
+// cli is among the directories where the docker command looks for its plugins, from
+// 20.10 on, whoever types it.
+const cli = "/usr/local/lib/docker/cli-plugins/docker-flocker"
 
 func main() {
 	uninstalls := flag.Bool("uninstall", false, "take the plugin off")
@@ -43,7 +49,8 @@ func main() {
 func install(ctx context.Context) (err error) {
 	settings := make(map[string]string)
 	for _, v := range os.Environ() {
-		if name, value, _ := strings.Cut(v, "="); strings.HasPrefix(name, "FLOCKER_") {
+		// FLOCKER_CONTROL is docker flocker's.
+		if name, value, _ := strings.Cut(v, "="); strings.HasPrefix(name, "FLOCKER_") && name != "FLOCKER_CONTROL" {
 			settings[name] = value
 		}
 	}
@@ -70,8 +77,28 @@ func install(ctx context.Context) (err error) {
 		_, _ = docker(context.WithoutCancel(ctx), "plugin", "rm", rig.PluginName)
 		return fmt.Errorf("%w (what the plugin itself said is in Docker's log: journalctl -u docker)", err)
 	}
+	if err := installCLI(); err != nil {
+		return fmt.Errorf("the plugin is enabled, but not docker flocker: %w", err)
+	}
 	fmt.Println("the plugin is enabled: docker volume create -d flocker NAME")
+	fmt.Println("the hosts of its cluster: docker flocker node ls")
 	return nil
+}
+
+// installCLI takes the place of an older one, even while that runs.
+func installCLI() error {
+	program, err := os.ReadFile(filepath.Join("build", "docker-flocker"))
+	if err != nil {
+		return fmt.Errorf("%w; `make build` makes it", err)
+	}
+	if err := os.MkdirAll(filepath.Dir(cli), 0o755); err != nil {
+		return err
+	}
+	// Docker does not take a name with a dot for a plugin's.
+	if err := os.WriteFile(cli+".new", program, 0o755); err != nil { //nolint:gosec // it is a program
+		return err
+	}
+	return os.Rename(cli+".new", cli)
 }
 
 func uninstall(ctx context.Context) error {
@@ -94,6 +121,9 @@ func uninstall(ctx context.Context) error {
 	}
 	if _, err := docker(ctx, "plugin", "rm", "--force", rig.PluginName); err != nil {
 		return err
+	}
+	if err := os.Remove(cli); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("the plugin is removed, but not docker flocker: %w", err)
 	}
 	fmt.Println("the plugin is removed; volumes and state are still in " + stateDir)
 	return nil

@@ -251,7 +251,7 @@ func (h *Host) Docker(ctx context.Context, args ...string) (string, error) {
 }
 
 // Command is a command outside of the host whose environment leads the docker
-// command, and what calls it, to the host's Docker.
+// command, and what calls it, to the host's Docker: see Env.
 func (h *Host) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.WaitDelay = time.Second
@@ -260,8 +260,18 @@ func (h *Host) Command(ctx context.Context, name string, args ...string) *exec.C
 			cmd.Env = append(cmd.Env, v)
 		}
 	}
-	cmd.Env = append(cmd.Env, "DOCKER_HOST=unix://"+h.Socket, "DOCKER_CONFIG="+filepath.Join(h.r.Dir, "cli"))
+	cmd.Env = append(cmd.Env, h.Env()...)
 	return cmd
+}
+
+// Env leads the docker command, typed outside of the host, to the host's Docker,
+// and docker flocker to its plugin.
+func (h *Host) Env() []string {
+	return []string{
+		"DOCKER_HOST=unix://" + h.Socket,
+		"DOCKER_CONFIG=" + filepath.Join(h.r.Dir, "cli"),
+		"FLOCKER_CONTROL=" + filepath.Join(h.Dir, "lib", "flocker", "control.sock"),
+	}
 }
 
 // Run is Docker for tests: a failure ends the test.

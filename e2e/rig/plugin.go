@@ -42,6 +42,11 @@ func (h *Host) InstallPlugin(ctx context.Context, settings map[string]string) er
 			}
 			from = filepath.Join(root, "build", "plugin")
 		}
+		// The command line is built beside it.
+		cli := filepath.Join(h.r.Dir, "cli", "cli-plugins", "docker-flocker")
+		if p.err = os.Symlink(filepath.Join(filepath.Dir(from), "docker-flocker"), cli); p.err != nil {
+			return
+		}
 		p.path = filepath.Join(h.r.Dir, "plugin")
 		var dropped []string
 		dropped, p.err = PreparePlugin(ctx, from, p.path)
