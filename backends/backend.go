@@ -143,7 +143,7 @@ type Backend interface {
 	// Attach makes the volume a block device on this node. Attached here already
 	// under the same token: the same Attachment. Under another token, or on
 	// another node where Properties.ExclusiveAttach: *AttachedError. It MUST NOT
-	// take a volume away from anybody.
+	// take a volume away from anybody. Under a token that was fenced: see Fencer.
 	Attach(ctx context.Context, req AttachRequest) (Attachment, error)
 
 	// Detach removes exactly that attachment; nil if it is gone already, and
@@ -179,18 +179,37 @@ type FenceRequest struct {
 
 // A Fencer cuts a node off from a volume at the storage system, whether or not the
 // node answers. Backends of the classes F1 and F2 MUST be one, and no others may.
+//
+// What the node may do afterwards: a Detach of what was cut off returns nil, once
+// nothing there has the device open, and leaves no device. An Attach under the
+// token that was cut off, or an older one, MUST NOT get the volume beside another
+// node. Class F2 refuses it for good, with ErrInUse, also if the node had nothing
+// attached when it was cut off. Class F1 need not, for a storage system that knows
+// no tokens: an Attach which was on its way may get the volume after the fence as
+// long as nobody else has it. Then the Attach of the node that takes over says so
+// with *AttachedError, and that node calls Fence again. A younger token is as good
+// as ever, in both.
 type Fencer interface {
 	// Fence returns when it was seen that the node cannot read or write the volume
-	// any more, and that nothing it sent before can take effect later; evidence is
-	// what was seen, in a few words for the audit. Cut off already: nil. It works
-	// from any node. ErrUnavailable if that could not be seen: the node may or may
-	// not be cut off then, and Fence is called again.
+	// any more under the token or an older one, and that neither I/O it sent before
+	// nor this call can take effect later; evidence is what was seen, in a few words
+	// for the audit. Every read and write there fails from then on, and does not
+	// hang; what the node has synced before is kept. Cut off already, or nothing
+	// attached: nil. It works from any node. Other nodes and other volumes MUST NOT
+	// notice.
+	//
+	// ErrUnavailable if that could not be seen: the node may or may not be cut off
+	// then, and Fence is called again; so it is when ctx has ended. ErrNotFound if
+	// there is no such volume, which proves nothing: the question may have gone to
+	// the wrong storage system. ErrInvalid if Ref is another volume, or Identity is
+	// missing where the storage system goes by it.
 	Fence(ctx context.Context, req FenceRequest) (evidence string, err error)
 }
 
 // An Identifier knows the name by which the storage system knows this node, such
 // as an instance id, an initiator name or an address. A fence needs it when the
-// node itself cannot be asked any more.
+// node itself cannot be asked any more. No two nodes have the same, and a restart
+// of the process does not change it.
 type Identifier interface {
 	Identity(ctx context.Context) (string, error)
 }

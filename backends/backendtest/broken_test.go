@@ -92,10 +92,19 @@ type backend struct {
 	detach      func(b *backend, ctx context.Context, att backends.Attachment) error
 	attachments func(b *backend, ctx context.Context) ([]backends.Attachment, error)
 	resize      func(b *backend, ctx context.Context, ref string, size int64) (int64, error)
+	fence       func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error)
+	identity    func(b *backend, ctx context.Context) (string, error)
+
+	*notes
 
 	mu   sync.Mutex
 	atts []backends.Attachment
 }
+
+// notes are what the backends of all nodes know.
+type notes struct{ fenced sync.Map } // by note
+
+type note struct{ volume, node string }
 
 func (b *backend) Properties() backends.Properties {
 	if b.properties != nil {
@@ -160,6 +169,52 @@ func (b *backend) Resize(ctx context.Context, ref string, size int64) (int64, er
 	return b.Backend.(backends.Resizer).Resize(ctx, ref, size)
 }
 
+// fencing is a backend that is a Fencer as well.
+type fencing struct{ *backend }
+
+func (b fencing) Fence(ctx context.Context, req backends.FenceRequest) (string, error) {
+	if b.fence != nil {
+		return b.fence(b.backend, ctx, req)
+	}
+	return b.sound(ctx, req)
+}
+
+func (b fencing) Identity(ctx context.Context) (string, error) {
+	if b.identity != nil {
+		return b.identity(b.backend, ctx)
+	}
+	return b.Backend.(backends.Identifier).Identity(ctx)
+}
+
+// sound is the Fence of the sound backend.
+func (b *backend) sound(ctx context.Context, req backends.FenceRequest) (string, error) {
+	return b.Backend.(backends.Fencer).Fence(ctx, req)
+}
+
+// cut makes the sound backend cut off whoever has an attachment.
+func (b *backend) cut(ctx context.Context, att backends.Attachment) {
+	_, _ = b.sound(ctx, backends.FenceRequest{
+		Ref: att.Ref, Volume: att.Volume, Node: att.Node, Identity: "host-" + att.Node, Token: att.Token,
+	})
+}
+
+// later makes b do something to a volume that was fenced once, some time after its
+// next Attach.
+func (b *backend) later(do func(b *backend, ctx context.Context, att backends.Attachment)) {
+	b.fence = func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error) {
+		b.fenced.Store(note{req.Volume, ""}, true)
+		b.fenced.Store(note{req.Volume, req.Node}, true)
+		return b.sound(ctx, req)
+	}
+	b.attach = func(b *backend, ctx context.Context, req backends.AttachRequest) (backends.Attachment, error) {
+		att, err := b.Backend.Attach(ctx, req)
+		if _, ok := b.fenced.Load(note{req.Volume, ""}); ok && err == nil {
+			time.AfterFunc(10*time.Millisecond, func() { do(b, context.WithoutCancel(ctx), att) })
+		}
+		return att, err
+	}
+}
+
 // on is the sound backend of another node.
 func (b *backend) on(node string) backends.Backend { return b.m.NodeIn(b.cluster, node) }
 
@@ -177,14 +232,24 @@ type defect struct {
 	notice string
 	props  backends.Properties
 	// many is Config.Many, 0 for few.
-	many   int
+	many int
+	// timeout is Config.Timeout, 0 for 5 s.
+	timeout time.Duration
+	// misfit makes the backend a Fencer where its class says that it is none, and
+	// the other way round.
+	misfit bool
+	// device replaces a device that was opened.
+	device func(d backendtest.Device) backendtest.Device
 	break_ func(b *backend) //nolint:revive // "break" is a keyword
 }
 
-var f0 = backends.Properties{Class: backends.ClassNone, ExclusiveAttach: true}
+var (
+	f0 = backends.Properties{Class: backends.ClassNone, ExclusiveAttach: true}
+	f2 = backends.Properties{Class: backends.ClassFenced}
+)
 
 func defects() []defect {
-	return []defect{
+	return append(fencingDefects(), []defect{
 		{name: "create makes another volume each time", notice: "the next time", break_: func(b *backend) {
 			b.create = func(b *backend, ctx context.Context, req backends.CreateRequest) (backends.Volume, error) {
 				id := req.ID
@@ -655,20 +720,316 @@ func defects() []defect {
 				return b.Backend.Attachments(context.WithoutCancel(ctx))
 			}
 		}},
+	}...)
+}
+
+type fenceFunc = func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error)
+
+// fencingDefects are the mistakes somebody could make in a Fencer. Most are worth a
+// volume's data.
+func fencingDefects() []defect {
+	bad := func(name, notice string, props backends.Properties, f fenceFunc) defect {
+		return defect{name: "fence " + name, notice: notice, props: props, break_: func(b *backend) { b.fence = f }}
 	}
+	const seen = "nothing to see here"
+	return []defect{
+		{name: "class F1 without a fencer", notice: "is a Fencer: false", misfit: true, break_: func(*backend) {}},
+		{name: "class F0 with a fencer", notice: "is a Fencer: true", misfit: true, props: f0, break_: func(b *backend) {
+			b.fence = func(*backend, context.Context, backends.FenceRequest) (string, error) { return seen, nil }
+			b.identity = func(b *backend, _ context.Context) (string, error) { return b.node, nil }
+		}},
+		{name: "calls take effect before they are sent", notice: "late", break_: func(b *backend) {
+			b.properties = func(b *backend) backends.Properties {
+				p := b.Backend.Properties()
+				p.LateCalls = -time.Second
+				return p
+			}
+		}},
+		bad("does nothing", "has succeeded", f2, func(*backend, context.Context, backends.FenceRequest) (string, error) {
+			return seen, nil
+		}),
+		bad("returns before the cut", "has succeeded", f2, func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error) {
+			time.AfterFunc(5*time.Millisecond, func() { _, _ = b.sound(context.WithoutCancel(ctx), req) })
+			return seen, nil
+		}),
+		bad("returns before the cut, of class F1", "has succeeded", backends.Properties{}, func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error) {
+			time.AfterFunc(5*time.Millisecond, func() { _, _ = b.sound(context.WithoutCancel(ctx), req) })
+			return seen, nil
+		}),
+		bad("cuts a younger token", "attachments: got", backends.Properties{}, func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error) {
+			req.Token = 1 << 60
+			return b.sound(ctx, req)
+		}),
+		bad("cuts a younger token, of class F2", "input/output error", f2, func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error) {
+			req.Token = 1 << 60
+			return b.sound(ctx, req)
+		}),
+		bad("cuts no older token", "has succeeded", f2, func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error) {
+			for _, att := range b.m.Attached(req.Volume) {
+				if att.Node == req.Node && att.Token < req.Token {
+					return seen, nil
+				}
+			}
+			return b.sound(ctx, req)
+		}),
+		bad("looks up late whom to cut", "attachments: got", backends.Properties{}, func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error) {
+			for _, att := range b.m.Attached(req.Volume) {
+				b.cut(ctx, att)
+			}
+			return seen, nil
+		}),
+		bad("cuts the node that calls it", "has succeeded", f2, func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error) {
+			req.Node, req.Identity = b.node, "host-"+b.node
+			return b.sound(ctx, req)
+		}),
+		bad("cuts every node", "input/output error", f2, func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error) {
+			for _, att := range b.m.Attached(req.Volume) {
+				if att.Token <= req.Token {
+					b.cut(ctx, att)
+				}
+			}
+			return b.sound(ctx, req)
+		}),
+		bad("cuts every volume of the node", "input/output error", f2, func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error) {
+			vols, _ := b.Backend.List(ctx)
+			for _, vol := range vols {
+				for _, att := range b.m.Attached(vol.ID) {
+					if att.Node == req.Node && att.Token <= req.Token {
+						b.cut(ctx, att)
+					}
+				}
+			}
+			return b.sound(ctx, req)
+		}),
+		bad("fails the second time", "fence: not found", backends.Properties{}, func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error) {
+			for _, att := range b.m.Attached(req.Volume) {
+				if att.Node == req.Node {
+					return b.sound(ctx, req)
+				}
+			}
+			return "", backends.ErrNotFound
+		}),
+		bad("works on the node itself alone", "fence: unavailable", backends.Properties{}, func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error) {
+			if b.node != req.Node {
+				return "", backends.ErrUnavailable
+			}
+			return b.sound(ctx, req)
+		}),
+		bad("says that it is done when the storage system is down", "while the storage system is down", backends.Properties{}, func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error) {
+			evidence, err := b.sound(ctx, req)
+			if errors.Is(err, backends.ErrUnavailable) {
+				return seen, nil
+			}
+			return evidence, err
+		}),
+		bad("says that it is done when it was cancelled", "with a cancelled context", backends.Properties{}, func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error) {
+			evidence, err := b.sound(ctx, req)
+			if errors.Is(err, context.Canceled) {
+				return seen, nil
+			}
+			return evidence, err
+		}),
+		bad("ignores cancellation", "with a cancelled context", backends.Properties{}, func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error) {
+			return b.sound(context.WithoutCancel(ctx), req)
+		}),
+		bad("hides that it was cancelled", "fence: odd", backends.Properties{}, func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error) {
+			evidence, err := b.sound(ctx, req)
+			if errors.Is(err, context.Canceled) {
+				err = errors.New("odd")
+			}
+			return evidence, err
+		}),
+		{name: "fence takes the volume away again later", notice: "/dev/memory/", break_: func(b *backend) {
+			b.later(func(b *backend, ctx context.Context, att backends.Attachment) { b.rip(ctx, att.Volume) })
+		}},
+		{name: "fence cuts the node again later, whatever its token", notice: "input/output error", props: f2, break_: func(b *backend) {
+			b.later(func(b *backend, ctx context.Context, att backends.Attachment) {
+				if _, ok := b.fenced.Load(note{att.Volume, att.Node}); ok {
+					b.cut(ctx, att)
+				}
+			})
+		}},
+		bad("forgets who was not attached", "has attached the volume again", f2, func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error) {
+			for _, att := range b.m.Attached(req.Volume) {
+				if att.Node == req.Node {
+					return b.sound(ctx, req)
+				}
+			}
+			if _, err := b.Backend.Get(ctx, req.Ref); err != nil {
+				return "", err
+			}
+			return seen, nil
+		}),
+		bad("loses data", "checksum", backends.Properties{}, func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error) {
+			for _, att := range b.m.Attached(req.Volume) {
+				if device, err := b.m.Open(att.Node, att.Device); err == nil {
+					_, _ = device.WriteAt(make([]byte, 512), 0)
+					_ = device.Close()
+				}
+			}
+			return b.sound(ctx, req)
+		}),
+		bad("has seen nothing", "no evidence", backends.Properties{}, func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error) {
+			_, err := b.sound(ctx, req)
+			return "", err
+		}),
+		bad("of an unknown volume succeeds", "want ErrNotFound", backends.Properties{}, func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error) {
+			evidence, err := b.sound(ctx, req)
+			if errors.Is(err, backends.ErrNotFound) {
+				return seen, nil
+			}
+			return evidence, err
+		}),
+		bad("reaches other clusters", "want ErrNotFound", backends.Properties{}, func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error) {
+			return b.m.Node(b.node).(backends.Fencer).Fence(ctx, req)
+		}),
+		bad("believes the caller about the ref", "want ErrInvalid", backends.Properties{}, func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error) {
+			if vol, err := b.Backend.Get(ctx, req.Ref); err == nil {
+				req.Volume = vol.ID
+			}
+			return b.sound(ctx, req)
+		}),
+		{name: "attach refuses a fenced node for ever", notice: "attach: in use", props: f2, break_: func(b *backend) {
+			b.fence = func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error) {
+				b.fenced.Store(note{req.Volume, req.Node}, true)
+				return b.sound(ctx, req)
+			}
+			b.attach = func(b *backend, ctx context.Context, req backends.AttachRequest) (backends.Attachment, error) {
+				if _, ok := b.fenced.Load(note{req.Volume, b.node}); ok {
+					return backends.Attachment{}, backends.ErrInUse
+				}
+				return b.Backend.Attach(ctx, req)
+			}
+		}},
+		{name: "attach of a fenced token says that there is no volume", notice: "want ErrInUse", props: f2, break_: func(b *backend) {
+			b.attach = func(b *backend, ctx context.Context, req backends.AttachRequest) (backends.Attachment, error) {
+				att, err := b.Backend.Attach(ctx, req)
+				if errors.Is(err, backends.ErrInUse) {
+					err = backends.ErrNotFound
+				}
+				return att, err
+			}
+		}},
+		{name: "attach of class F1 lets the cut node in beside the taker", notice: "has attached the volume again", break_: func(b *backend) {
+			b.attach = func(b *backend, ctx context.Context, req backends.AttachRequest) (backends.Attachment, error) {
+				att, err := b.Backend.Attach(ctx, req)
+				if attached, ok := errors.AsType[*backends.AttachedError](err); ok && attached.Token > req.Token {
+					return b.m.Attached(req.Volume)[0], nil
+				}
+				return att, err
+			}
+		}},
+		{name: "detach leaves a device that was cut off", notice: "attachments: got", props: f2, break_: func(b *backend) {
+			b.detach = func(b *backend, ctx context.Context, att backends.Attachment) error {
+				if !slices.Contains(b.m.Attached(att.Volume), att) {
+					return nil
+				}
+				return b.Backend.Detach(ctx, att)
+			}
+		}},
+		{name: "detach of a device that was cut off fails", notice: "detach on the node that is cut off", break_: func(b *backend) {
+			b.detach = func(b *backend, ctx context.Context, att backends.Attachment) error {
+				if !slices.Contains(b.m.Attached(att.Volume), att) {
+					return backends.ErrUnavailable
+				}
+				return b.Backend.Detach(ctx, att)
+			}
+		}},
+		{name: "detach of a device that was cut off takes the taker's", notice: "attachments: got", break_: func(b *backend) {
+			b.detach = func(b *backend, ctx context.Context, att backends.Attachment) error {
+				if atts := b.m.Attached(att.Volume); len(atts) == 1 && atts[0].Token == att.Token+1 {
+					att = atts[0]
+				}
+				return b.Backend.Detach(ctx, att)
+			}
+		}},
+		{name: "a device that is cut off still reads", notice: "a read of the node", break_: func(*backend) {}, device: func(d backendtest.Device) backendtest.Device {
+			return stillReads{d}
+		}},
+		{name: "a device that is cut off takes writes", notice: "a write of the node", break_: func(*backend) {}, device: func(d backendtest.Device) backendtest.Device {
+			return stillWrites{d}
+		}},
+		{name: "a device that is cut off hangs", notice: "hangs", timeout: 500 * time.Millisecond, break_: func(*backend) {}, device: func(d backendtest.Device) backendtest.Device {
+			return hangs{d}
+		}},
+		{name: "two nodes have one identity", notice: "two nodes have the identity", props: f2, break_: func(b *backend) {
+			b.identity = func(*backend, context.Context) (string, error) { return "host", nil }
+		}},
+		{name: "identity changes", notice: "the next time", props: f2, break_: func(b *backend) {
+			b.identity = func(*backend, context.Context) (string, error) { return uuid.NewString(), nil }
+		}},
+		{name: "identity is empty", notice: "is none", break_: func(b *backend) {
+			b.identity = func(*backend, context.Context) (string, error) { return "", nil }
+		}},
+		{name: "identity is unknown", notice: "identity: unavailable", break_: func(b *backend) {
+			b.identity = func(*backend, context.Context) (string, error) { return "", backends.ErrUnavailable }
+		}},
+		{name: "get says that there is none when the storage system is down", notice: "get while the storage system is down", break_: func(b *backend) {
+			b.get = func(b *backend, ctx context.Context, ref string) (backends.Volume, error) {
+				vol, err := b.Backend.Get(ctx, ref)
+				if errors.Is(err, backends.ErrUnavailable) {
+					err = backends.ErrNotFound
+				}
+				return vol, err
+			}
+		}},
+	}
+}
+
+// stillReads, stillWrites and hangs are devices which do not notice, or do not say,
+// that they are cut off.
+type (
+	stillReads  struct{ backendtest.Device }
+	stillWrites struct{ backendtest.Device }
+	hangs       struct{ backendtest.Device }
+)
+
+func (d stillReads) ReadAt(p []byte, off int64) (int, error) {
+	_, _ = d.Device.ReadAt(p, off)
+	return len(p), nil
+}
+
+func (d stillWrites) WriteAt(p []byte, off int64) (int, error) {
+	_, _ = d.Device.WriteAt(p, off)
+	return len(p), nil
+}
+
+func (stillWrites) Sync() error { return nil }
+
+func (d hangs) ReadAt(p []byte, off int64) (int, error) {
+	n, err := d.Device.ReadAt(p, off)
+	if err != nil {
+		select {}
+	}
+	return n, err
 }
 
 // complaints runs the suite on a backend with a defect, and returns what each
 // case said that did.
 func complaints(t *testing.T, d defect) map[string][]string {
 	t.Helper()
-	cfg := backendtest.Config{Timeout: 5 * time.Second, Many: d.many, New: func(backendtest.T) backendtest.Storage {
+	if d.timeout == 0 {
+		d.timeout = 5 * time.Second
+	}
+	cfg := backendtest.Config{Timeout: d.timeout, Many: d.many, New: func(backendtest.T) backendtest.Storage {
 		m := backendtest.NewMemory(d.props)
-		s := storage(m)
+		s, n := storage(m), &notes{}
 		s.Node = func(cluster, node string) backends.Backend {
-			b := &backend{Backend: m.NodeIn(cluster, node), m: m, cluster: cluster, node: node}
+			b := &backend{Backend: m.NodeIn(cluster, node), m: m, cluster: cluster, node: node, notes: n}
 			d.break_(b)
+			if _, ok := b.Backend.(backends.Fencer); ok != d.misfit {
+				return fencing{b}
+			}
 			return b
+		}
+		if d.device != nil {
+			s.Open = func(node, device string, _ bool) (backendtest.Device, error) {
+				opened, err := m.Open(node, device)
+				if err != nil {
+					return nil, err
+				}
+				return d.device(opened), nil
+			}
 		}
 		return s
 	}}
@@ -708,7 +1069,7 @@ func TestSuiteRejects(t *testing.T) {
 
 // TestSuiteAccepts makes sure that it is the defects that are rejected.
 func TestSuiteAccepts(t *testing.T) {
-	for _, props := range []backends.Properties{{}, f0, {Class: backends.ClassNone}} {
+	for _, props := range []backends.Properties{{}, nameless, f0, {Class: backends.ClassNone}, f2} {
 		if said := complaints(t, defect{props: props, many: 20, break_: func(*backend) {}}); len(said) > 0 {
 			t.Errorf("class %s: %q", props.Class, said)
 		}

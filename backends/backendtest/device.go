@@ -116,6 +116,23 @@ func (e *env) verify(att backends.Attachment, vol backends.Volume) {
 	}
 }
 
+// wantNoData demands that the device of an attachment that is gone does not have the
+// volume's pattern. The path may be there, and be another device by now.
+func (e *env) wantNoData(att backends.Attachment, vol backends.Volume) {
+	e.Helper()
+	device, err := e.tryOpen(att, false)
+	if err != nil {
+		return
+	}
+	for offset, data := range e.pattern(vol) {
+		got := make([]byte, len(data))
+		if n, err := device.ReadAt(got, offset); err == nil && bytes.Equal(got[:n], data) {
+			e.Errorf("%s still has the volume's data after detach", att.Device)
+		}
+	}
+	_ = device.Close()
+}
+
 func checksum(data []byte) string {
 	sum := sha256.Sum256(data)
 	return hex.EncodeToString(sum[:4])

@@ -15,15 +15,21 @@ func storage(m *backendtest.Memory) backendtest.Storage {
 	return backendtest.Storage{
 		Node: m.NodeIn,
 		Open: func(node, device string, _ bool) (backendtest.Device, error) { return m.Open(node, device) },
+		Down: func(down bool) {
+			m.Inject(func(backendtest.Call) backendtest.Fault { return backendtest.Fault{Refused: down} })
+		},
 	}
 }
 
 func TestMemory(t *testing.T) {
 	for name, props := range map[string]backends.Properties{
 		"F1":           {},
+		"F1 nameless":  nameless,
 		"F0":           {Class: backends.ClassNone, AllocationUnit: 1},
 		"F0 exclusive": {Class: backends.ClassNone, ExclusiveAttach: true},
 		"F2":           {Class: backends.ClassFenced},
+		"F2 exclusive": {Class: backends.ClassFenced, ExclusiveAttach: true},
+		"F3":           {Class: backends.ClassNodeFence},
 	} {
 		t.Run(name, func(t *testing.T) {
 			backendtest.Run(t, backendtest.Config{

@@ -37,6 +37,9 @@ type Storage struct {
 	// Open opens a device on a node, exclusively as a mount does if exclusive is
 	// set. Nil: it is a block device of this machine.
 	Open func(node, device string, exclusive bool) (Device, error)
+	// Down makes the storage system answer nobody, and answer again. It is called
+	// while no call is under way. Nil: it cannot be done.
+	Down func(down bool)
 }
 
 // Config says how to run the suite for a backend.
