@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -17,9 +18,37 @@ func (r *Rig) ImportImage(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("make the busybox image: %w", err)
 	}
+	return r.importImage(ctx, image, "busybox", `CMD ["sh"]`, `ENV PATH=/bin`)
+}
+
+// ImportProgram makes an image on every host with nothing in it but a static
+// program, which its containers run.
+func (r *Rig) ImportProgram(ctx context.Context, name, path string) error {
+	program, err := os.ReadFile(path)
+	if err != nil {
+		return fmt.Errorf("make the image %s: %w", name, err)
+	}
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	err = w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: "program", Mode: 0o755, Size: int64(len(program))})
+	if err == nil {
+		_, err = w.Write(program)
+	}
+	if err = errors.Join(err, w.Close()); err != nil {
+		return fmt.Errorf("make the image %s: %w", name, err)
+	}
+	return r.importImage(ctx, b.Bytes(), name, `ENTRYPOINT ["/program"]`)
+}
+
+// importImage makes an image on every host from a tar file, with some lines of a
+// Dockerfile.
+func (r *Rig) importImage(ctx context.Context, image []byte, name string, changes ...string) error {
+	args := []string{"import"}
+	for _, change := range changes {
+		args = append(args, "--change", change)
+	}
 	return r.each(func(h *Host) error {
-		args := []string{"import", "--change", `CMD ["sh"]`, "--change", `ENV PATH=/bin`, "-", "busybox"}
-		cmd := h.Command(ctx, "docker", args...)
+		cmd := h.Command(ctx, "docker", append(args, "-", name)...)
 		cmd.Stdin = bytes.NewReader(image)
 		_, err := output(cmd, h.Name+": docker import")
 		return err

@@ -1,0 +1,351 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/flocker-plugin/flocker/e2e/chaos/history"
+	"github.com/flocker-plugin/flocker/e2e/rig"
+)
+
+// A fault is one way to break things.
+type fault struct {
+	name, help string
+	// weight is how often it is chosen, beside the others.
+	weight int
+	where  place
+	// least and most are how long it lasts; 0 for what is over at once.
+	least, most time.Duration
+	// inject does it, and sets what repairs it as soon as there is something to
+	// repair.
+	inject func(ctx context.Context, r *run, s step, i *injected) error
+}
+
+// place is what kind of thing a fault hits.
+type place int
+
+const (
+	onTask    place = iota // a volume's container, on a host that is not broken
+	onService              // a volume's service, whatever its host does
+	onHost                 // a host, and with preference one that writes
+	onEtcd                 // a member of etcd
+)
+
+// faults is every fault there is.
+var faults = []*fault{
+	{name: "container killed", help: "SIGKILL for a service's container", weight: 3, where: onTask, inject: killContainer},
+	{name: "filesystem full", help: "all space of a volume is taken for 8 s", weight: 1, where: onTask, inject: fillVolume},
+	{name: "service moved", help: "an update that bars a service's present host", weight: 5, where: onService, inject: moveService},
+	{
+		name: "node drained", help: "Swarm moves everything away from a host", weight: 2, where: onHost,
+		least: 3 * time.Second, most: 20 * time.Second, inject: drainNode,
+	},
+	{name: "plugin killed", help: "SIGKILL for the plugin; Docker starts it again", weight: 3, where: onHost, inject: killPlugin},
+	{
+		name: "plugin paused", help: "SIGSTOP for the plugin", weight: 2, where: onHost,
+		least: time.Second, most: 30 * time.Second, inject: pausePlugin,
+	},
+	{
+		name: "dockerd killed", help: "SIGKILL for dockerd; it is started again", weight: 3, where: onHost,
+		least: 0, most: 15 * time.Second, inject: killDockerd,
+	},
+	{
+		name: "dockerd paused", help: "SIGSTOP for dockerd", weight: 1, where: onHost,
+		least: time.Second, most: 25 * time.Second, inject: pauseDockerd,
+	},
+	{
+		name: "host killed", help: "power cut: what the kernel has not written out is lost", weight: 3, where: onHost,
+		least: 2 * time.Second, most: 40 * time.Second, inject: killHost,
+	},
+	{
+		name: "host paused", help: "SIGSTOP for everything on a host", weight: 2, where: onHost,
+		least: time.Second, most: 35 * time.Second, inject: pauseHost,
+	},
+	{
+		name: "host partitioned", help: "the network cable is out", weight: 3, where: onHost,
+		least: time.Second, most: 45 * time.Second, inject: partitionHost,
+	},
+	{
+		name: "host cut off from etcd", help: "packets to etcd are dropped, all else works", weight: 2, where: onHost,
+		least: time.Second, most: 45 * time.Second, inject: cutOffEtcd,
+	},
+	{
+		name: "etcd member killed", help: "SIGKILL for one of three", weight: 1, where: onEtcd,
+		least: time.Second, most: 20 * time.Second, inject: killEtcd,
+	},
+	{
+		name: "etcd member paused", help: "SIGSTOP for one of three", weight: 1, where: onEtcd,
+		least: time.Second, most: 20 * time.Second, inject: pauseEtcd,
+	},
+	{
+		name: "etcd gone", help: "SIGSTOP for all three", weight: 1, where: onEtcd,
+		least: time.Second, most: 25 * time.Second, inject: pauseAllEtcd,
+	},
+}
+
+// brief bounds what takes a moment on a host that is not broken.
+const brief = 30 * time.Second
+
+// container is the container of a service on a host.
+func container(ctx context.Context, i *injected) (string, error) {
+	out, err := i.host.Docker(ctx, "ps", "-q", "--filter", "label=com.docker.swarm.service.name="+i.volume)
+	if err == nil && out == "" {
+		err = fmt.Errorf("no container of %s runs on %s any more", i.volume, i.host.Name)
+	}
+	id, _, _ := strings.Cut(out, "\n")
+	return id, err
+}
+
+func signalContainer(ctx context.Context, i *injected, signal string) error {
+	ctx, cancel := context.WithTimeout(ctx, brief)
+	defer cancel()
+	id, err := container(ctx, i)
+	if err != nil {
+		return err
+	}
+	_, err = i.host.Docker(ctx, "kill", "--signal", signal, id)
+	return err
+}
+
+func killContainer(ctx context.Context, _ *run, _ step, i *injected) error {
+	return signalContainer(ctx, i, "KILL")
+}
+
+func fillVolume(ctx context.Context, _ *run, _ step, i *injected) error {
+	return signalContainer(ctx, i, "USR1")
+}
+
+// moveService bars the host a service is on, and no other.
+func moveService(ctx context.Context, r *run, _ step, i *injected) error {
+	if i.host == nil {
+		return errors.New("it is on no host yet")
+	}
+	out, err := r.manage(ctx, "service", "inspect", "--format", "{{json .Spec.TaskTemplate.Placement}}", i.volume)
+	if err != nil {
+		return err
+	}
+	var placement struct{ Constraints []string }
+	if err := json.Unmarshal([]byte(out), &placement); err != nil {
+		return fmt.Errorf("read the placement of service %s: %w", i.volume, err)
+	}
+	bar := "node.hostname!=" + i.host.Name
+	args := []string{"service", "update", "--detach", "--quiet"}
+	for _, c := range placement.Constraints {
+		if c == bar {
+			return nil // it is being moved already
+		}
+		args = append(args, "--constraint-rm", c)
+	}
+	_, err = r.manage(ctx, append(args, "--constraint-add", bar, i.volume)...)
+	return err
+}
+
+func drainNode(ctx context.Context, r *run, _ step, i *injected) error {
+	set := func(ctx context.Context, availability string) error {
+		_, err := r.manage(ctx, "node", "update", "--availability", availability, i.host.Name)
+		return err
+	}
+	i.undo = func(ctx context.Context) error { return set(ctx, "active") }
+	return set(ctx, "drain")
+}
+
+func killPlugin(ctx context.Context, _ *run, _ step, i *injected) error {
+	ctx, cancel := context.WithTimeout(ctx, brief)
+	defer cancel()
+	return i.host.KillPlugin(ctx)
+}
+
+func pausePlugin(_ context.Context, _ *run, _ step, i *injected) error {
+	pid, err := i.host.PluginPID()
+	if err != nil {
+		return err
+	}
+	i.undo = func(context.Context) error { return ignoreGone(syscall.Kill(pid, syscall.SIGCONT)) }
+	return syscall.Kill(pid, syscall.SIGSTOP)
+}
+
+func ignoreGone(err error) error {
+	if errors.Is(err, syscall.ESRCH) {
+		return nil
+	}
+	return err
+}
+
+func killDockerd(ctx context.Context, _ *run, _ step, i *injected) error {
+	ctx, cancel := context.WithTimeout(ctx, brief)
+	defer cancel()
+	i.undo = func(ctx context.Context) error {
+		// One that a former try has started, and that did not get ready.
+		if err := i.host.KillDockerd(ctx); err != nil {
+			return err
+		}
+		return i.host.StartDockerd(ctx)
+	}
+	return i.host.KillDockerd(ctx)
+}
+
+func pauseDockerd(ctx context.Context, _ *run, _ step, i *injected) error {
+	signal := func(ctx context.Context, signal string) error {
+		ctx, cancel := context.WithTimeout(ctx, brief)
+		defer cancel()
+		_, err := i.host.Exec(ctx, "sh", "-c", "kill -"+signal+" $(cat /run/docker.pid)")
+		return err
+	}
+	i.undo = func(ctx context.Context) error { return signal(ctx, "CONT") }
+	return signal(ctx, "STOP")
+}
+
+// killHost cuts a host's power. Every other time an operator sees that it is off,
+// where it takes one, and everything must write again before the host is back.
+func killHost(ctx context.Context, r *run, s step, i *injected) error {
+	if err := cutPower(ctx, r, i); err != nil || s.pick>>32%2 == 0 {
+		return err
+	}
+	if slices.ContainsFunc(r.volumes, func(v *volume) bool { return !storages[v.backend].fences }) {
+		if err := declareDead(ctx, r, i.host); err != nil {
+			return err
+		}
+	}
+	return r.settled(ctx)
+}
+
+// declareDead is the operator. A host is not to be declared dead before its lease has
+// run out.
+func declareDead(ctx context.Context, r *run, dead *rig.Host) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	for {
+		_, err := r.manage(ctx, "flocker", "node", "confirm-dead", dead.Name, "--because", "chaos has switched it off")
+		if err == nil {
+			r.say("the operator declares %s dead", dead.Name)
+			r.declared++
+			return nil
+		}
+		if sleep(ctx, time.Second) != nil {
+			return fmt.Errorf("declare %s dead: %w", dead.Name, err)
+		}
+	}
+}
+
+func cutPower(ctx context.Context, r *run, i *injected) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	i.undo = func(ctx context.Context) error {
+		if err := i.host.Kill(ctx); err != nil { // a former try may have got half way
+			return err
+		}
+		return i.host.Boot(ctx)
+	}
+	// The kernel of all hosts is one, and would write out what the dead one's has in
+	// its cache. Stopped, nobody on the host sees that its filesystems are shut down.
+	if err := i.host.Pause(); err != nil {
+		return err
+	}
+	r.cuts = append(r.cuts, history.PowerCut{Node: i.host.Name, At: history.Now()})
+	if err := loseCaches(i.host); err != nil {
+		r.note("%s keeps what its kernel has not written out: %v", i.host.Name, err)
+	}
+	return i.host.Kill(ctx)
+}
+
+// loseCaches has the kernel forget what it has not written to the volumes mounted on
+// a host: from now on nothing reaches them.
+func loseCaches(h *rig.Host) error {
+	pid, err := h.PluginPID()
+	if err != nil {
+		return err
+	}
+	mounts, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", pid))
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for line := range strings.Lines(string(mounts)) {
+		fields := strings.Fields(line)
+		if len(fields) > 4 && strings.HasPrefix(fields[4], "/flocker/mnt/") {
+			errs = append(errs, shutdown(fmt.Sprintf("/proc/%d/root%s", pid, fields[4])))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// shutdown is FS_IOC_SHUTDOWN without a flush of the log.
+func shutdown(dir string) error {
+	f, err := os.Open(dir)
+	if errors.Is(err, unix.EIO) {
+		return nil // it is shut down: xfs, mounted twice
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	const request = 0x8004587d // _IOR('X', 125, __u32)
+	flags := uint32(2)         // no log flush
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), request, uintptr(unsafe.Pointer(&flags))); errno != 0 {
+		return fmt.Errorf("shut %s down: %w", dir, errno)
+	}
+	return nil
+}
+
+func pauseHost(_ context.Context, _ *run, _ step, i *injected) error {
+	i.undo = func(context.Context) error { return i.host.Resume() }
+	return i.host.Pause()
+}
+
+func partitionHost(ctx context.Context, _ *run, _ step, i *injected) error {
+	i.undo = i.host.Heal
+	return i.host.Partition(ctx)
+}
+
+func cutOffEtcd(ctx context.Context, _ *run, _ step, i *injected) error {
+	rule := func(ctx context.Context, what string) error {
+		ctx, cancel := context.WithTimeout(ctx, brief)
+		defer cancel()
+		_, err := i.host.Exec(ctx, "iptables", what, "OUTPUT", "-p", "tcp", "--dport", "2379", "-j", "DROP")
+		return err
+	}
+	i.undo = func(ctx context.Context) error { return rule(ctx, "-D") }
+	return rule(ctx, "-I")
+}
+
+func killEtcd(ctx context.Context, r *run, s step, i *injected) error {
+	ctx, cancel := context.WithTimeout(ctx, brief)
+	defer cancel()
+	member := int(s.pick % 3)
+	i.undo = func(ctx context.Context) error {
+		if err := r.rig.KillEtcd(ctx, member); err != nil {
+			return err
+		}
+		return r.rig.StartEtcd(ctx, member)
+	}
+	return r.rig.KillEtcd(ctx, member)
+}
+
+func pauseEtcd(_ context.Context, r *run, s step, i *injected) error {
+	member := int(s.pick % 3)
+	i.undo = func(context.Context) error { return r.rig.ResumeEtcd(member) }
+	return r.rig.PauseEtcd(member)
+}
+
+func pauseAllEtcd(_ context.Context, r *run, _ step, i *injected) error {
+	i.what = "all members"
+	each := func(f func(int) error) error {
+		var errs []error
+		for member := range len(r.endpoints) {
+			errs = append(errs, f(member))
+		}
+		return errors.Join(errs...)
+	}
+	i.undo = func(context.Context) error { return each(r.rig.ResumeEtcd) }
+	return each(r.rig.PauseEtcd)
+}
