@@ -38,7 +38,7 @@ func (m *Map) Run(ctx context.Context) error {
 			return context.Cause(ctx)
 		}
 		former := m.lapse(err)
-		if errors.Is(err, errDeclared) {
+		if errors.Is(err, errDeclared) && former != 0 {
 			m.revoke(ctx, former) // nobody need wait for its end
 		}
 		if text := err.Error(); text != said {
@@ -53,8 +53,6 @@ func (m *Map) Run(ctx context.Context) error {
 
 // Leave makes this node's liveness key go at once. After Run has ended.
 func (m *Map) Leave(ctx context.Context) error {
-	m.mu.Lock()
-	m.mu.Unlock()
 	lease := m.lapse(errors.New("this node has left"))
 	if lease == 0 {
 		return nil

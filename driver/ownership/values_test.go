@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"reflect"
+	"strings"
 	"testing"
 )
 
@@ -55,11 +56,13 @@ func FuzzVolume(f *testing.F) {
 func FuzzOwner(f *testing.F) {
 	fuzz(f, "/p/v1/own/v", func(kv KV) (Owner, error) {
 		o, err := decodeOwner(kv)
-		if err == nil && (o.Volume != "v" || o.Node == "" || o.Token != 7) {
+		if err == nil && (o.Volume != "v" || o.Node == "" || o.Token != 7 || o.Pending != nil && (o.Pending.Node == "" || o.Pending.Token <= 0)) {
 			return o, errors.New("accepted an owner that is none")
 		}
 		return o, err
-	}, `{"volume":"v","node":"a","host":"h","boot":"b","op":"o","pending":{"node":"x","boot":"y","token":5}}`, `{"volume":"v"}`, `{"node":"a"}`)
+	}, `{"volume":"v","node":"a","host":"h","boot":"b","op":"o","pending":{"node":"x","boot":"y","token":5}}`, `{"volume":"v"}`, `{"node":"a"}`,
+		`{"volume":"v","node":"a","unclean":true,"pending":{"node":"x","host":"h","boot":"y","token":5,"identities":{"ebs":"i-1"},"grounds":"silent"}}`,
+		`{"volume":"v","node":"a","pending":{}}`, `{"volume":"v","node":"a","pending":{"node":"x","token":-1}}`)
 }
 
 func FuzzRequest(f *testing.F) {
@@ -77,7 +80,7 @@ func FuzzReply(f *testing.F) {
 }
 
 func FuzzNode(f *testing.F) {
-	fuzz(f, "/p/v1/node/a", decodeNode, `{"id":"a","state":"removed"}`, `{"id":"b"}`)
+	fuzz(f, "/p/v1/node/a", decodeNode, `{"id":"a","state":"removed"}`, `{"id":"b"}`, `{"id":"a","identities":{"ebs":"i-1","":""}}`, `{"id":"a","identities":[]}`)
 }
 
 func FuzzAlive(f *testing.F) {
@@ -88,6 +91,68 @@ func FuzzName(f *testing.F) {
 	fuzz(f, "/p/v1/name/n", decodeName, `{"volume":"v","op":"o"}`, `{"volume":"a/b"}`)
 }
 
+func FuzzDeath(f *testing.F) {
+	fuzz(f, "/p/v1/fence/a/b", func(kv KV) (deathValue, error) {
+		d, err := decodeDeath(kv)
+		if err == nil && (d.Node != "a" || d.Boot != "b" || d.Revision != 7) {
+			return d, errors.New("accepted a death that is none")
+		}
+		return d, err
+	}, `{"node":"a","host":"h","boot":"b","method":"operator","evidence":"off","by":"root","at":"2026-01-02T03:04:05Z","forced":true,"op":"o"}`,
+		`{"node":"a"}`, `{"node":"b","boot":"a"}`, `{"node":"a","boot":"b","at":1}`)
+}
+
 func FuzzMeta(f *testing.F) {
 	fuzz(f, "/p/v1/meta", decodeMeta, `{"cluster":"c","gen":1,"schema":1}`, `{"cluster":"c","schema":2}`)
+}
+
+// Values of an older version, and of a newer one, are understood; a damaged one
+// names its key.
+func TestOtherVersions(t *testing.T) {
+	want := func(name string, got, want any, err error) {
+		t.Helper()
+		if err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("%s: got %+v, %v, want %+v", name, got, err, want)
+		}
+	}
+	kv := func(key, value string) KV { return KV{Key: key, Value: []byte(value), ModRevision: 7} }
+	o, err := decodeOwner(kv("/own/v", `{"volume":"v","node":"a","host":"h","boot":"b","op":"o","from":"x","clean":true}`))
+	want("older owner", o, Owner{Volume: "v", Node: "a", Host: "h", Boot: "b", Op: "o", From: "x", Clean: true, Token: 7}, err)
+	o, err = decodeOwner(kv("/own/v", `{"volume":"v","node":"a","pending":{"node":"x","boot":"y","token":5,"attachment":"att-1"}}`))
+	want("older takeover", o, Owner{Volume: "v", Node: "a", Token: 7, Pending: &Pending{Node: "x", Boot: "y", Token: 5}}, err)
+	o, err = decodeOwner(kv("/own/v", `{"volume":"v","node":"a","future":{},"pending":{"node":"x","token":5,"grounds":"voted out","future":1}}`))
+	want("newer takeover", o, Owner{Volume: "v", Node: "a", Token: 7, Pending: &Pending{Node: "x", Token: 5, Grounds: "voted out"}}, err)
+	n, err := decodeNode(kv("/node/a", `{"id":"a","host":"h","boot":"b"}`))
+	want("older node", n, Node{ID: "a", Host: "h", Boot: "b"}, err)
+	n, err = decodeNode(kv("/node/a", `{"id":"a","future":[{}],"identities":{"x":"y"}}`))
+	want("newer node", n, Node{ID: "a", Identities: map[string]string{"x": "y"}}, err)
+	d, err := decodeDeath(kv("/fence/a/b", `{"node":"a","boot":"b"}`))
+	want("older death", d.Death, Death{Node: "a", Boot: "b", Revision: 7}, err)
+	d, err = decodeDeath(kv("/fence/a/b", `{"node":"a","boot":"b","forced":true,"future":null}`))
+	want("newer death", d.Death, Death{Node: "a", Boot: "b", Forced: true, Revision: 7}, err)
+	m, err := decodeMeta(kv("/meta", `{"cluster":"c","gen":4,"schema":1,"future":""}`))
+	want("newer meta", m, meta{Cluster: "c", Gen: 4, Schema: 1, revision: 7}, err)
+
+	for key, decode := range map[string]func(KV) error{
+		"/own/v":       func(kv KV) error { _, err := decodeOwner(kv); return err },
+		"/vol/v":       func(kv KV) error { _, err := decodeVolume(kv); return err },
+		"/node/a":      func(kv KV) error { _, err := decodeNode(kv); return err },
+		"/live/a":      func(kv KV) error { _, err := decodeAlive(kv); return err },
+		"/fence/a/b":   func(kv KV) error { _, err := decodeDeath(kv); return err },
+		"/name/n":      func(kv KV) error { _, err := decodeName(kv); return err },
+		"/req/a/v/b":   func(kv KV) error { _, err := decodeRequest(kv); return err },
+		"/rep/a/v":     func(kv KV) error { _, err := decodeReply(kv); return err },
+		"/meta":        func(kv KV) error { _, err := decodeMeta(kv); return err },
+		"/not/a/thing": func(kv KV) error { _, err := decodeDeath(kv); return err },
+	} {
+		for _, value := range []string{"", "{", `{"volume":1}`, "[]", `{"volume":"another","id":"another","node":"another"}`} {
+			err := decode(kv(key, value))
+			if b, ok := errors.AsType[*BrokenError](err); !ok || b.Key != key {
+				if key == "/name/n" && strings.Contains(value, "another") {
+					continue // any volume may have that name
+				}
+				t.Errorf("%s=%s: got error %v, want a BrokenError about it", key, value, err)
+			}
+		}
+	}
 }
