@@ -77,6 +77,9 @@ func inCluster(t *testing.T, names []string, cfg func(*driver.Config), test func
 			if v := c.disks.Violations(); len(v) > 0 {
 				t.Errorf("two writers: %v", v)
 			}
+			if v := c.storage.Violations(); len(v) > 0 {
+				t.Errorf("the owner was cut off: %v", v)
+			}
 		}()
 		test(t, c)
 	})
@@ -106,9 +109,20 @@ func (n *node) startWith(registered context.Context, partitioned bool) {
 	if err != nil {
 		n.c.t.Fatal(err)
 	}
+	var d *driver.Driver
 	m := ownership.New(n.etcd, id, ownership.Config{
-		Seen: seen,
-		Now:  func() time.Duration { return time.Since(began) }, Log: log.WithField("node", n.name),
+		Seen:      seen,
+		Condemned: func(ctx context.Context, death ownership.Death) error { return d.GiveUp(ctx, death) },
+		Healthy:   func() error { return d.Healthy() },
+		Identify: func(ctx context.Context) (map[string]string, error) {
+			known, ok := backends.As[backends.Identifier](n.c.storage.Node(id.ID))
+			if !ok {
+				return nil, nil
+			}
+			name, err := known.Identity(ctx)
+			return map[string]string{"memory": name}, err
+		},
+		Now: func() time.Duration { return time.Since(began) }, Log: log.WithField("node", n.name),
 	})
 	cfg := driver.Config{
 		Node: id, Map: m, Mounter: n.mounter, Docker: n.docker, Log: log.WithField("node", n.name),
@@ -119,8 +133,7 @@ func (n *node) startWith(registered context.Context, partitioned bool) {
 	if n.c.cfg != nil {
 		n.c.cfg(&cfg)
 	}
-	d, err := driver.New(cfg)
-	if err != nil {
+	if d, err = driver.New(cfg); err != nil {
 		n.c.t.Fatal(err)
 	}
 	n.Driver = d
@@ -289,6 +302,9 @@ type fakeDocker struct {
 	mu   sync.Mutex
 	uses map[string][]string
 	down bool
+	dead []string
+	// onKill is what the kernel does when the containers end.
+	onKill func()
 }
 
 func (f *fakeDocker) set(volume string, containers ...string) {
@@ -317,6 +333,28 @@ func (f *fakeDocker) Using(_ context.Context, volume string) ([]driver.Container
 		list = append(list, driver.Container{Name: name, State: "running"})
 	}
 	return slices.Clone(list), nil
+}
+
+func (f *fakeDocker) Kill(_ context.Context, volume string) ([]string, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.down {
+		return nil, errors.New("docker is down")
+	}
+	killed := f.uses[volume]
+	delete(f.uses, volume)
+	f.dead = append(f.dead, killed...)
+	if f.onKill != nil && len(killed) > 0 {
+		f.onKill()
+	}
+	return killed, nil
+}
+
+// killed returns the containers that were.
+func (f *fakeDocker) killed() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.dead)
 }
 
 // startPartitioned starts the process while etcd does not answer.

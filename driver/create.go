@@ -23,6 +23,9 @@ func (d *Driver) Create(ctx context.Context, name string, options map[string]str
 	if err != nil {
 		return err
 	}
+	if err := d.awaitRegistration(ctx); err != nil {
+		return d.explain(name, err)
+	}
 	for try := 1; ; try++ {
 		stored, created, err := d.cfg.Map.Create(ctx, vol)
 		if err != nil {
@@ -147,7 +150,10 @@ func (d *Driver) Remove(ctx context.Context, name string) error {
 		return err
 	}
 	for try := 1; ; try++ {
-		err := d.removeOnce(ctx, name)
+		err := d.awaitRegistration(ctx)
+		if err == nil {
+			err = d.removeOnce(ctx, name)
+		}
 		switch {
 		case errors.Is(err, ownership.ErrNotFound):
 			d.forget(name)
@@ -184,12 +190,15 @@ func (d *Driver) removeOnce(ctx context.Context, name string) error {
 		ds.vol = view.Volume
 	}
 	if view.Owner != nil && ds.token == 0 {
-		if err := d.claim(ctx, ds, "remove"); err != nil {
+		if err := d.claim(ctx, ds, removing); err != nil {
 			return err
 		}
 		if err := d.findAttachment(ctx, ds); err != nil {
 			return err
 		}
+	}
+	if err := d.finishTakeover(ctx, ds); err != nil {
+		return err
 	}
 	if err := d.closeFilesystem(ctx, ds); err != nil {
 		d.tidySoon(ds)

@@ -27,6 +27,16 @@ type dataset struct {
 	// attempt whose outcome is unknown, or one of an earlier process. The token must
 	// be renewed before anything is attached under it.
 	doubt bool
+	// pending is whom a takeover still has to cut off: until then the volume is
+	// neither used nor given away.
+	pending *ownership.Pending
+	// fault is why the takeover is not finished yet, for people.
+	fault string
+	// late is until when an earlier call to the storage may still take effect.
+	late time.Time
+	// oldBoot says that the token is from before the host was started anew: an
+	// attachment of that time is dropped, and the token renewed.
+	oldBoot bool
 	// att is the attachment made under token; nil means not attached here.
 	att *backends.Attachment
 	// unseen says that what is attached and mounted here is not known, because the
@@ -61,6 +71,8 @@ type snapshot struct {
 	attached   bool
 	mounted    bool
 	lost       string
+	pending    string // the host a takeover has to cut off
+	fault      string
 	mounts     int
 	containers []string
 }
@@ -98,7 +110,10 @@ func (ds *dataset) publish() {
 	old := ds.snapshot.Load()
 	s := &snapshot{
 		vol: ds.vol, token: ds.token, attached: ds.att != nil, mounted: ds.mounted,
-		lost: ds.lost, mounts: ds.refs.total(),
+		lost: ds.lost, fault: ds.fault, mounts: ds.refs.total(),
+	}
+	if ds.pending != nil {
+		s.pending = ds.pending.Host
 	}
 	if s.mounts > 0 {
 		s.containers = old.containers

@@ -2,6 +2,7 @@ package driver
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -9,6 +10,7 @@ import (
 	"github.com/docker/docker/api/types/container"
 	"github.com/docker/docker/api/types/filters"
 	"github.com/docker/docker/client"
+	"github.com/docker/docker/errdefs"
 )
 
 // dockerLimit bounds one question to the Engine, negotiation included. An Engine
@@ -27,16 +29,54 @@ var _ Docker = (*Engine)(nil)
 // need be there yet.
 func NewEngine(socket string) *Engine { return &Engine{socket: socket} }
 
+// killLimit bounds the killing of one container: the kernel may have to wait for
+// its disk.
+const killLimit = 15 * time.Second
+
+// Kill kills the containers that are running, paused or restarting and have a
+// volume of this name. After a kill Docker does not restart a container by its
+// policy; Swarm makes a new task.
+func (e *Engine) Kill(ctx context.Context, volume string) (killed []string, err error) {
+	using, err := e.Using(ctx, volume)
+	if err != nil || len(using) == 0 {
+		return nil, err
+	}
+	api, err := e.dial()
+	if err != nil {
+		return nil, err
+	}
+	defer api.Close()
+	var failed []error
+	for _, c := range using {
+		bounded, cancel := context.WithTimeout(ctx, killLimit)
+		if err := api.ContainerKill(bounded, c.ID, "SIGKILL"); err != nil && !errdefs.IsNotFound(err) && !errdefs.IsConflict(err) {
+			failed = append(failed, fmt.Errorf("kill container %s: %w", c.Name, err))
+		} else {
+			killed = append(killed, c.Name)
+		}
+		cancel()
+	}
+	return killed, errors.Join(failed...)
+}
+
+// dial makes a client. Never of a fixed version: engines refuse those they have
+// retired.
+func (e *Engine) dial() (*client.Client, error) {
+	api, err := client.NewClientWithOpts(client.WithHost("unix://"+e.socket), client.WithAPIVersionNegotiation())
+	if err != nil {
+		return nil, fmt.Errorf("ask Docker on %s: %w", e.socket, err)
+	}
+	return api, nil
+}
+
 // Using returns the containers that are running, paused or restarting and have a
 // volume of this name. The error says which socket did not answer.
 func (e *Engine) Using(ctx context.Context, volume string) ([]Container, error) {
 	ctx, cancel := context.WithTimeout(ctx, dockerLimit)
 	defer cancel()
-	// Never a fixed version: engines refuse those they have retired.
-	api, err := client.NewClientWithOpts(
-		client.WithHost("unix://"+e.socket), client.WithAPIVersionNegotiation())
+	api, err := e.dial()
 	if err != nil {
-		return nil, fmt.Errorf("ask Docker on %s: %w", e.socket, err)
+		return nil, err
 	}
 	defer api.Close()
 

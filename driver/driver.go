@@ -50,6 +50,9 @@ type Docker interface {
 	// Using returns the containers of this host that are running, paused or
 	// restarting and have a volume of this name, within two seconds.
 	Using(ctx context.Context, volume string) ([]Container, error)
+	// Kill kills those containers, and returns the names of those it killed. Docker
+	// does not restart them.
+	Kill(ctx context.Context, volume string) (killed []string, err error)
 }
 
 // Config is what a Driver is made of. Durations of zero are really zero.
@@ -76,6 +79,9 @@ type Config struct {
 	Linger time.Duration
 	// BusyWait is how long a Mount waits for another node's containers to stop.
 	BusyWait time.Duration
+	// Hold is how long a node must have been silent before its volumes are taken over
+	// from it, counted from the end of its lease.
+	Hold time.Duration
 	// Reconcile is the time between two looks at the whole state, about.
 	Reconcile time.Duration
 }
@@ -86,6 +92,8 @@ type Driver struct {
 	log     *logrus.Entry
 	journal *journal
 	epoch   atomic.Int64
+	started time.Time
+	beaten  atomic.Int64 // when beat last ran, in nanoseconds since started
 
 	// confirmed is closed when what was restored at start was compared with etcd.
 	confirmed chan struct{}
@@ -127,6 +135,7 @@ func New(cfg Config) (*Driver, error) {
 	ctx, stop := context.WithCancel(context.Background())
 	d := &Driver{
 		cfg: cfg, log: cfg.Log, journal: j,
+		started:   time.Now(),
 		confirmed: make(chan struct{}), ctx: ctx, stop: stop,
 		datasets: map[string]*dataset{}, known: map[string]ownership.Volume{},
 		waiting: map[string][]ownership.Request{}, answering: map[string]bool{}, suspects: map[string]time.Time{}, unlearned: map[string]int{},
@@ -142,6 +151,8 @@ func New(cfg Config) (*Driver, error) {
 func (d *Driver) Run(ctx context.Context) error {
 	d.background(d.serve)
 	d.background(d.reconcile)
+	d.background(d.rejoin)
+	d.background(d.beat)
 	d.background(d.keepKnown)
 	if d.cfg.Docker != nil {
 		d.background(d.learn)
@@ -155,6 +166,25 @@ func (d *Driver) Run(ctx context.Context) error {
 	d.saveSeen()
 	d.journal.close()
 	return context.Cause(ctx)
+}
+
+// beat shows that this process works: its goroutines run and its map's lock is
+// free.
+func (d *Driver) beat(ctx context.Context) {
+	for ok := true; ok; ok = sleep(ctx, time.Second) {
+		d.mu.Lock()
+		d.beaten.Store(int64(time.Since(d.started)))
+		d.mu.Unlock()
+	}
+}
+
+// Healthy is an error if this process does not work any more: then it must not go
+// on looking alive to the other nodes.
+func (d *Driver) Healthy() error {
+	if stuck := time.Since(d.started) - time.Duration(d.beaten.Load()); stuck > 5*time.Second {
+		return fmt.Errorf("the driver has done nothing for %s", stuck.Round(time.Second))
+	}
+	return nil
 }
 
 // background runs f, unless the driver has stopped; its context ends with it.
@@ -245,6 +275,14 @@ func (d *Driver) acquireConfirmed(ctx context.Context, ds *dataset, name string)
 		return d.explain(name, err)
 	}
 	return ds.acquire(ctx)
+}
+
+// awaitRegistration waits for this node's first registration, before which nothing
+// that etcd says is believed.
+func (d *Driver) awaitRegistration(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, confirmWait)
+	defer cancel()
+	return d.cfg.Map.Registered(ctx)
 }
 
 // awaitStart waits for the first comparison with etcd, until which leftovers are
@@ -351,9 +389,11 @@ func (d *Driver) explain(name string, err error) error {
 		return fmt.Errorf("%w: %s; create it with: docker volume create -d flocker %s", ownership.ErrNotFound, name, name)
 	case errors.Is(err, ownership.ErrUnavailable):
 		return fmt.Errorf("volume %s: %w; what is mounted keeps working, retry when etcd answers", name, err)
-	default:
-		return fmt.Errorf("volume %s: %w", name, err)
 	}
+	if phase, ok := errors.AsType[*ownership.PhaseError](err); ok && phase.Volume.Phase == ownership.PhaseQuarantined {
+		return fmt.Errorf("%w; when it is seen to, type: docker flocker volume reinstate %s", phase, name)
+	}
+	return fmt.Errorf("volume %s: %w", name, err)
 }
 
 func (d *Driver) backend(name string) (backends.Backend, error) {

@@ -441,7 +441,7 @@ func TestOwnerIsDead(t *testing.T) {
 		a.kill()
 		c.settle(30 * time.Second)
 		_, err := b.Mount(t.Context(), "db", "id2")
-		wantError(t, err, "volume db is owned by host a, which has not been heard from", "bring host a back")
+		wantError(t, err, "volume db is owned by host a, which has not been heard from", "docker flocker node confirm-dead a")
 		if s := b.status("db"); s["state"] != "owner not responding" {
 			t.Errorf("state %v, want owner not responding", s["state"])
 		}
@@ -1109,7 +1109,7 @@ func TestUnfinishedTakeoverIsLeftAlone(t *testing.T) {
 		a.create("db", nil)
 		vid := a.status("db")["id"].(string)
 		key := "/flocker/v1/own/" + vid
-		value := fmt.Sprintf(`{"volume":%q,"node":%q,"host":"a","boot":"boot-1","op":"x","pending":{"node":"b","boot":"boot-1","token":3}}`, vid, a.id.ID)
+		value := fmt.Sprintf(`{"volume":%q,"node":%q,"host":"a","boot":"boot-1","op":"x","pending":{"node":"b","host":"b","boot":"boot-1","token":3}}`, vid, a.id.ID)
 		_, err := c.etcd.Client().Txn(t.Context(), ownership.Txn{
 			Then: []ownership.Op{{Kind: ownership.OpPut, Key: key, Value: []byte(value)}},
 		})
@@ -1117,7 +1117,7 @@ func TestUnfinishedTakeoverIsLeftAlone(t *testing.T) {
 			t.Fatal(err)
 		}
 		_, err = a.Mount(t.Context(), "db", "id1")
-		wantError(t, err, "its takeover from node b is not finished")
+		wantError(t, err, "volume db: memory cannot cut host b off; if that host is dead, type: docker flocker node confirm-dead b")
 		a.restart()
 		c.settle(10 * time.Minute)
 		if kvs := c.etcd.Keys(key); len(kvs) != 1 || string(kvs[0].Value) != value {

@@ -47,6 +47,9 @@ func (d *Driver) mount(ctx context.Context, ds *dataset, id string) (err error) 
 		}
 	}()
 
+	if err := d.usable(ctx, ds); err != nil {
+		return err
+	}
 	if err := d.look(ctx, ds); err != nil {
 		return err
 	}
@@ -99,6 +102,22 @@ func (d *Driver) mount(ctx context.Context, ds *dataset, id string) (err error) 
 	return nil
 }
 
+// usable refuses a quarantined volume, by what etcd says now.
+func (d *Driver) usable(ctx context.Context, ds *dataset) error {
+	if ds.vol.Phase != ownership.PhaseQuarantined {
+		return nil
+	}
+	view, err := d.cfg.Map.View(ctx, ds.id)
+	if err == nil && view.Volume.Phase == ownership.PhaseQuarantined {
+		err = &ownership.PhaseError{Volume: view.Volume}
+	}
+	if err != nil {
+		return d.explain(ds.vol.Name, err)
+	}
+	ds.vol = view.Volume
+	return nil
+}
+
 // isMounted asks the mount table whether the volume is mounted from the device
 // this node attached. A managed plugin that was disabled by force has lost its
 // mounts while containers keep theirs.
@@ -119,14 +138,22 @@ func (d *Driver) isMounted(ds *dataset) (bool, error) {
 
 // own makes this node the owner, if it is not.
 func (d *Driver) own(ctx context.Context, ds *dataset, undo *undoStack) error {
+	if err := d.finishTakeover(ctx, ds); err != nil {
+		return err
+	}
 	if ds.token != 0 && ds.doubt {
 		if err := d.retake(ctx, ds); err != nil && !errors.Is(err, ownership.ErrLost) {
 			return d.explain(ds.vol.Name, err)
 		}
 	}
 	if ds.token == 0 {
-		undo.push("release ownership", func(ctx context.Context) error { return d.letGo(ctx, ds) })
-		return d.claim(ctx, ds, "mount")
+		undo.push("release ownership", func(ctx context.Context) error {
+			if ds.pending != nil {
+				return nil // tidy goes on with the takeover, and releases it then
+			}
+			return d.letGo(ctx, ds)
+		})
+		return d.claim(ctx, ds, mounting)
 	}
 	// Kept from before, lingering. While the lease is valid nobody can have taken
 	// it; otherwise ask.
@@ -158,13 +185,14 @@ func (d *Driver) retake(ctx context.Context, ds *dataset) error {
 	if err != nil {
 		return err
 	}
-	ds.vol, ds.token, ds.verified, ds.doubt = vol, owner.Token, true, false
+	ds.vol, ds.token, ds.verified, ds.doubt, ds.oldBoot = vol, owner.Token, true, false, false
 	return nil
 }
 
 // disown notes that this node does not own the volume any more.
 func (d *Driver) disown(ds *dataset) {
 	ds.token, ds.verified, ds.doubt, ds.unseen, ds.attempts = 0, false, false, false, 0
+	ds.pending, ds.fault, ds.late, ds.oldBoot = nil, "", time.Time{}, false
 	clear(ds.refs)
 	if err := d.journal.remove(ds.id); err != nil {
 		d.log.WithField("volume", ds.vol.Name).Warn(err)
@@ -179,6 +207,9 @@ func (d *Driver) attach(ctx context.Context, ds *dataset, undo *undoStack) error
 	}
 	backend, err := d.backend(ds.vol.Backend)
 	if err != nil {
+		return err
+	}
+	if err := d.awaitLate(ctx, ds); err != nil {
 		return err
 	}
 	// Pushed before the call: one that fails may have attached all the same.
@@ -210,6 +241,7 @@ func (d *Driver) dropStale(ctx context.Context, backend backends.Backend, ds *da
 			continue
 		}
 		if err := backend.Detach(ctx, att); err != nil {
+			d.mayBeLate(ds)
 			return fmt.Errorf("detach volume %s, left attached from before: %w", ds.vol.Name, err)
 		}
 	}
@@ -221,6 +253,7 @@ func (d *Driver) mountFilesystem(ctx context.Context, ds *dataset, undo *undoSta
 	if !ds.vol.Formatted {
 		err := d.cfg.Mounter.Format(ctx, mount.FormatSpec{
 			Device: ds.att.Device, FS: ds.vol.FS, UUID: ds.id, Label: ds.vol.Name, Options: ds.vol.Mkfs,
+			Guard: d.unfenceable(ds),
 		})
 		if err != nil {
 			return fmt.Errorf("format volume %s: %w", ds.vol.Name, err)
@@ -235,6 +268,17 @@ func (d *Driver) mountFilesystem(ctx context.Context, ds *dataset, undo *undoSta
 	return d.mountFormatted(ctx, ds, undo)
 }
 
+// unfenceable says that nothing but the protocol keeps another host from writing
+// the volume. Its filesystem then has a protection of its own, as an alarm.
+func (d *Driver) unfenceable(ds *dataset) bool {
+	backend, err := d.backend(ds.vol.Backend)
+	if err != nil {
+		return true
+	}
+	class := backend.Properties().Class
+	return class == backends.ClassNone || class == backends.ClassNodeFence
+}
+
 // mountFormatted mounts what has its filesystem.
 func (d *Driver) mountFormatted(ctx context.Context, ds *dataset, undo *undoStack) error {
 	warnings, err := d.cfg.Mounter.Mount(ctx, mount.Spec{
@@ -244,7 +288,11 @@ func (d *Driver) mountFormatted(ctx context.Context, ds *dataset, undo *undoStac
 		d.log.WithField("volume", ds.vol.Name).Warn(w)
 	}
 	if err != nil {
-		return fmt.Errorf("mount volume %s: %w", ds.vol.Name, err)
+		err = fmt.Errorf("mount volume %s: %w", ds.vol.Name, err)
+		if errors.Is(err, mount.ErrIdentity) || errors.Is(err, mount.ErrDamaged) || errors.Is(err, mount.ErrMultiMount) {
+			err = d.quarantine(ctx, ds, err)
+		}
+		return err
 	}
 	ds.mounted, ds.closed = true, false
 	undo.push("unmount", func(ctx context.Context) error { return d.unmountFilesystem(ctx, ds) })
@@ -337,6 +385,7 @@ func (d *Driver) detach(ctx context.Context, ds *dataset) error {
 		return err
 	}
 	if err := backend.Detach(ctx, *ds.att); err != nil && !errors.Is(err, backends.ErrNotFound) {
+		d.mayBeLate(ds)
 		return fmt.Errorf("detach volume %s: %w", ds.vol.Name, err)
 	}
 	ds.att, ds.closed, ds.detaching = nil, false, false
@@ -351,6 +400,12 @@ func (d *Driver) release(ctx context.Context, ds *dataset) error {
 	}
 	if ds.att != nil || ds.unseen {
 		return fmt.Errorf("release volume %s: it may still be attached here", ds.vol.Name)
+	}
+	if ds.pending != nil {
+		return fmt.Errorf("release volume %s: its takeover is not finished", ds.vol.Name)
+	}
+	if err := d.awaitLate(ctx, ds); err != nil {
+		return err
 	}
 	var err error
 	handed := false

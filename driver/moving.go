@@ -15,17 +15,29 @@ import (
 // poll is how often a wait looks by itself: watches only wake it.
 const poll = 2 * time.Second
 
+// wish is why a volume is claimed.
+type wish struct {
+	purpose string
+	started time.Time
+}
+
+// The purposes of a wish.
+const (
+	mounting = "mount"
+	removing = "remove"
+)
+
 // claim makes this node the owner of a volume: at once if it is free, by asking
 // its owner otherwise. It waits for an owner whose containers use the volume for
 // the configured time, and for one that is about to let go until ctx ends. The
 // dataset's lock is held.
 func (d *Driver) claim(ctx context.Context, ds *dataset, purpose string) error {
-	started := time.Now()
+	w := wish{purpose, time.Now()}
 	for {
 		owner, vol, err := d.cfg.Map.Claim(ctx, ds.id)
 		if err == nil {
 			ds.vol = vol
-			return d.owned(ds, owner)
+			return d.owned(ctx, ds, owner)
 		}
 		held, ok := errors.AsType[*ownership.HeldError](err)
 		if ok && held.Volume.Phase != ownership.PhaseReady {
@@ -51,10 +63,12 @@ func (d *Driver) claim(ctx context.Context, ds *dataset, purpose string) error {
 				return err
 			}
 			continue
-		case !held.Live:
-			return deadOwner(held)
 		}
-		again, err := d.ask(ctx, ds, held, purpose, started)
+		next := d.ask
+		if !held.Live {
+			next = d.takeOver
+		}
+		again, err := next(ctx, ds, held, w)
 		if err != nil || !again {
 			return err
 		}
@@ -64,98 +78,101 @@ func (d *Driver) claim(ctx context.Context, ds *dataset, purpose string) error {
 // takeUp continues an ownership of this node that this process knows nothing of:
 // with its attachment if there is one, else under a new token.
 func (d *Driver) takeUp(ctx context.Context, ds *dataset, owner ownership.Owner) error {
-	if err := unfenced(ds.vol.Name, owner); err != nil {
-		return err
+	d.note(ds, owner)
+	if ds.pending != nil {
+		d.mayBeLate(ds) // the fence an earlier process of this host died with
+		return d.finishTakeover(ctx, ds)
 	}
-	ds.token = owner.Token
 	if err := d.findAttachment(ctx, ds); err != nil {
 		return err
 	}
+	if ds.detaching {
+		if err := d.detach(ctx, ds); err != nil {
+			return err
+		}
+	}
 	if ds.att != nil {
-		return d.owned(ds, owner)
+		return d.owned(ctx, ds, owner)
 	}
 	return d.retake(ctx, ds)
 }
 
-// owned notes the token.
-func (d *Driver) owned(ds *dataset, owner ownership.Owner) error {
-	if err := unfenced(ds.vol.Name, owner); err != nil {
-		return err
-	}
-	ds.token, ds.verified, ds.doubt = owner.Token, true, false
-	return nil
+// owned notes an ownership that begins here, and finishes it if it is a takeover.
+func (d *Driver) owned(ctx context.Context, ds *dataset, owner ownership.Owner) error {
+	d.note(ds, owner)
+	ds.doubt, ds.oldBoot = false, false
+	return d.finishTakeover(ctx, ds)
 }
 
-// unfenced refuses an ownership whose former owner is not known to be cut off: it
-// may be neither used nor given away.
-func unfenced(name string, owner ownership.Owner) error {
-	if owner.Pending == nil {
-		return nil
-	}
-	return fmt.Errorf("volume %s: its takeover from node %s is not finished", name, owner.Pending.Node)
+// note takes over what etcd says of this node's ownership.
+func (d *Driver) note(ds *dataset, owner ownership.Owner) {
+	ds.token, ds.verified, ds.pending = owner.Token, true, owner.Pending
+	ds.oldBoot = owner.Boot != d.cfg.Node.Boot
 }
 
 // ask requests the volume from its live owner and waits. again says to claim
 // anew: the owner changed. With neither again nor an error it is ours.
-func (d *Driver) ask(ctx context.Context, ds *dataset, held *ownership.HeldError, purpose string, started time.Time) (again bool, err error) {
+func (d *Driver) ask(ctx context.Context, ds *dataset, held *ownership.HeldError, w wish) (again bool, err error) {
 	watch, stop := context.WithCancel(ctx)
 	defer stop()
 	changed := d.cfg.Map.WatchVolume(watch, ds.id)
 
-	switch err := d.cfg.Map.Request(ctx, held.Owner, purpose); {
+	switch err := d.cfg.Map.Request(ctx, held.Owner, w.purpose); {
 	case errors.Is(err, ownership.ErrConflict):
 		_ = d.cfg.Map.Withdraw(ctx, held.Owner) // refresh gives back what it brings
 		return true, nil
 	case err != nil:
-		cause := d.explain(ds.vol.Name, err)
 		if dead, ok := errors.AsType[*ownership.HeldError](err); ok && !dead.Live {
-			cause = deadOwner(held)
+			err = nil // it ended in that moment
+		} else {
+			err = d.explain(ds.vol.Name, err)
 		}
-		return d.withdraw(ctx, ds, held.Owner, cause) // it may have arrived all the same
+		return d.withdraw(ctx, ds, held.Owner, err) // it may have arrived all the same
 	}
 	d.log.WithField("volume", ds.vol.Name).Infof("asked host %s for it", held.Owner.Host)
 
-	patience := time.NewTimer(max(0, d.cfg.BusyWait-time.Since(started)))
+	patience := time.NewTimer(max(0, d.cfg.BusyWait-time.Since(w.started)))
 	defer patience.Stop()
 	ticker := time.NewTicker(poll)
 	defer ticker.Stop()
-	impatient := d.cfg.BusyWait <= 0 || purpose == "remove"
+	impatient := d.cfg.BusyWait <= 0 || w.purpose == removing
 	for {
 		view, err := d.cfg.Map.View(ctx, ds.id)
 		switch {
 		case err != nil && ctx.Err() == nil && errors.Is(err, ownership.ErrUnavailable):
 			// Keep waiting: the request is still there, and so may be the answer.
-		case err != nil:
+		case err != nil && ctx.Err() == nil:
 			return d.withdraw(ctx, ds, held.Owner, d.explain(ds.vol.Name, err))
+		case err != nil: // the caller's time is over
 		case view.Owner == nil:
 			_ = d.cfg.Map.Withdraw(ctx, held.Owner)
 			return true, nil
 		case view.Owner.Node == d.cfg.Node.ID:
 			ds.vol = view.Volume
-			return false, d.owned(ds, *view.Owner)
+			return false, d.owned(ctx, ds, *view.Owner)
 		case view.Owner.Token != held.Owner.Token:
 			_ = d.cfg.Map.Withdraw(ctx, held.Owner)
 			return true, nil
 		case !view.OwnerLive:
-			return d.withdraw(ctx, ds, held.Owner, deadOwner(held))
+			return d.withdraw(ctx, ds, held.Owner, nil)
 		}
 		reply, replied, err := d.cfg.Map.Replied(ctx, ds.id)
 		busy := err == nil && replied && reply.Node == held.Owner.Node && reply.Busy
 		if busy && impatient {
-			return d.withdraw(ctx, ds, held.Owner, d.busyError(ds, reply, started))
+			return d.withdraw(ctx, ds, held.Owner, d.busyError(ds, reply, w.started))
 		}
 		select {
 		case <-changed:
 		case <-ticker.C:
 			// The request is on this node's lease, which may have ended meanwhile.
-			if errors.Is(d.cfg.Map.Request(ctx, held.Owner, purpose), ownership.ErrConflict) {
+			if errors.Is(d.cfg.Map.Request(ctx, held.Owner, w.purpose), ownership.ErrConflict) {
 				continue
 			}
 		case <-patience.C:
 			impatient = true
 		case <-ctx.Done():
 			if busy {
-				return d.withdraw(ctx, ds, held.Owner, d.busyError(ds, reply, started))
+				return d.withdraw(ctx, ds, held.Owner, d.busyError(ds, reply, w.started))
 			}
 			return d.withdraw(ctx, ds, held.Owner, fmt.Errorf("volume %s is still moving here from host %s; retry: %w",
 				ds.vol.Name, held.Owner.Host, context.Cause(ctx)))
@@ -164,7 +181,8 @@ func (d *Driver) ask(ctx context.Context, ds *dataset, held *ownership.HeldError
 }
 
 // withdraw takes the request back and returns cause, unless the owner handed
-// over in that moment: then the volume is ours after all.
+// over in that moment: then the volume is ours after all. Without a cause the
+// caller is to claim anew.
 func (d *Driver) withdraw(ctx context.Context, ds *dataset, owner ownership.Owner, cause error) (again bool, err error) {
 	gone := ctx.Err() != nil
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
@@ -174,11 +192,11 @@ func (d *Driver) withdraw(ctx context.Context, ds *dataset, owner ownership.Owne
 	}
 	view, err := d.cfg.Map.View(ctx, ds.id)
 	if err != nil || view.Owner == nil || view.Owner.Node != d.cfg.Node.ID {
-		return false, cause
+		return cause == nil, cause
 	}
 	ds.vol = view.Volume
-	if err := d.owned(ds, *view.Owner); err != nil {
-		return false, err
+	if err := d.owned(ctx, ds, *view.Owner); err != nil {
+		return false, errors.Join(cause, err)
 	}
 	if gone {
 		return false, errors.Join(cause, d.release(ctx, ds))
@@ -193,11 +211,6 @@ func (d *Driver) busyError(ds *dataset, reply ownership.Reply, started time.Time
 		return fmt.Errorf("%w; stop what uses it there and retry", err)
 	}
 	return fmt.Errorf("%w; waited %s for it to stop; stop what uses it there and retry", err, waited)
-}
-
-func deadOwner(held *ownership.HeldError) error {
-	return fmt.Errorf("%w; its storage may still be in use there, so nothing was changed: "+
-		"bring host %s back (its plugin then frees the volume when nothing uses it)", held, held.Owner.Host)
 }
 
 // serve answers the other nodes' requests for volumes this node owns.
@@ -248,8 +261,13 @@ func (d *Driver) answer(ctx context.Context, vid string) {
 	log := d.log.WithField("volume", ds.vol.Name)
 
 	busy, _, containers := d.inUse(ctx, ds)
-	var err error
-	if ds.lost != "" {
+	err := tooEarly(ds)
+	if err == nil {
+		err = d.finishTakeover(ctx, ds)
+	}
+	if err != nil {
+		d.tidySoon(ds)
+	} else if ds.lost != "" {
 		err = errors.New(ds.lost)
 	} else if !busy {
 		if err = d.letGo(ctx, ds); err == nil {
@@ -280,10 +298,14 @@ func (d *Driver) answer(ctx context.Context, vid string) {
 // from a claim whose reply was lost or an earlier process.
 func (d *Driver) adopt(ctx context.Context, ds *dataset) {
 	view, err := d.cfg.Map.View(ctx, ds.id)
-	if err != nil || view.Owner == nil || view.Owner.Node != d.cfg.Node.ID || view.Owner.Pending != nil {
+	if err != nil || view.Owner == nil || view.Owner.Node != d.cfg.Node.ID {
 		return
 	}
-	ds.vol, ds.token, ds.verified = view.Volume, view.Owner.Token, true
+	ds.vol = view.Volume
+	if d.note(ds, *view.Owner); ds.pending != nil {
+		d.mayBeLate(ds)
+		return // tidy finishes it
+	}
 	if err := d.findAttachment(ctx, ds); err != nil {
 		d.log.WithField("volume", ds.vol.Name).Warn(err)
 	}

@@ -28,6 +28,7 @@ type createOptions struct {
 	Mode    os.FileMode       `option:"mode" help:"permission bits of the volume's directory, such as 0750"`
 	Profile string            `option:"profile" help:"the backend's name for a kind of storage"`
 	Backend string            `option:"backend" help:"where the volume is stored"`
+	Split   string            `option:"on-partition" oneof:"keep,failover" help:"what becomes of a mounted volume whose host does not reach etcd: it keeps it"`
 	Labels  map[string]string `option:"label." help:"a label, shown by docker volume inspect"`
 }
 
@@ -92,6 +93,9 @@ func (d *Driver) parse(name string, values map[string]string) (ownership.Volume,
 	if err := mount.CheckOptions(o.FS, o.Mount); err != nil {
 		return none, fmt.Errorf("option mount: %w", err)
 	}
+	if o.Split == "failover" {
+		return none, noFailover(backendName, backend.Properties().Class)
+	}
 	return ownership.Volume{
 		ID: uuid.NewString(), Name: name, Backend: backendName, Size: size, FS: o.FS,
 		Mkfs: o.Mkfs, Mount: o.Mount, UID: o.UID, GID: o.GID, Mode: uint32(o.Mode.Perm()),
@@ -99,6 +103,18 @@ func (d *Driver) parse(name string, values map[string]string) (ownership.Volume,
 		Options: backends.Pick(backend.Properties().Options, values),
 		Phase:   ownership.PhaseCreating, Created: time.Now().UTC().Truncate(time.Second),
 	}, nil
+}
+
+// noFailover says why a host that does not reach etcd does not stop its containers
+// so that another may start them, on a clock alone. It would need an upper bound
+// for the life of a write that was already sent, and a host that cannot be paused
+// past its watchdog; no storage here has that bound.
+func noFailover(backend string, class backends.Class) error {
+	if class == backends.ClassExclusive || class == backends.ClassFenced {
+		return fmt.Errorf("option on-partition: failover is not needed on backend %s: it cuts a silent host off from the volume by itself, and another takes over", backend)
+	}
+	return fmt.Errorf("option on-partition: failover is refused on backend %s: nothing bounds how late a write of the silent host may still arrive there, "+
+		"so no waiting time keeps two hosts from writing; use keep, and a storage that can cut hosts off", backend)
 }
 
 // fitSize rounds a size up to what the backend can make, and refuses what it or

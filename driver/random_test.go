@@ -117,7 +117,7 @@ func newWorld(t *testing.T, c *cluster, seed uint64) *world {
 		rand: rand.New(rand.NewPCG(seed, seed)), deleted: map[string]bool{},
 	}
 	if seed%3 == 0 { // one that lingers, and lets one node attach at a time
-		c.storage = backendtest.NewMemory(backends.Properties{Class: backends.ClassExclusive})
+		c.storage = backendtest.NewMemory(backends.Properties{Class: backends.ClassNodeFence, ExclusiveAttach: true})
 	}
 	for _, name := range []string{"a", "b", "c"} {
 		w.hosts = append(w.hosts, &host{node: c.nodes[name], w: w, oldIDs: map[string][]string{}})

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/driver/mount"
 	"github.com/flocker-plugin/flocker/driver/ownership"
 )
 
@@ -51,6 +52,10 @@ func (d *Driver) restoreRecord(ctx context.Context, ds *dataset, r record) {
 	}
 	// Also one of an earlier boot: the storage may do it at any time.
 	ds.detaching = r.Detaching
+	if r.Detaching {
+		d.mayBeLate(ds)
+	}
+	ds.oldBoot = r.Boot != d.cfg.Node.Boot
 	if err := d.findAttachment(ctx, ds); err != nil {
 		d.log.WithField("volume", r.Name).Warn(err)
 	}
@@ -102,8 +107,8 @@ func (d *Driver) findAttachment(ctx context.Context, ds *dataset) error {
 	}
 	ds.mounted = device != "" && ds.att != nil && device == ds.att.Device
 	// Without an attachment, whoever had the token may have begun to release it.
-	ds.doubt = ds.att == nil
-	ds.detaching = ds.detaching && ds.att != nil
+	ds.doubt = ds.att == nil || ds.oldBoot
+	ds.detaching = (ds.detaching || ds.oldBoot) && ds.att != nil
 	ds.unseen = false
 	return nil
 }
@@ -205,7 +210,7 @@ func (d *Driver) confirmVolume(ctx context.Context, ds *dataset) {
 		return // tidy asks again before it does anything
 	}
 	token := int64(0)
-	if view.Owner != nil && view.Owner.Node == d.cfg.Node.ID && view.Owner.Pending == nil {
+	if view.Owner != nil && view.Owner.Node == d.cfg.Node.ID {
 		token, ds.vol = view.Owner.Token, view.Volume
 	}
 	log := d.log.WithField("volume", ds.vol.Name)
@@ -217,7 +222,11 @@ func (d *Driver) confirmVolume(ctx context.Context, ds *dataset) {
 		}
 	}
 	if token != 0 && ds.token == 0 {
-		ds.token, ds.unseen = token, true
+		if d.note(ds, *view.Owner); ds.pending != nil {
+			d.mayBeLate(ds)
+		} else {
+			ds.unseen = true
+		}
 	}
 	if token != 0 {
 		ds.verified = true
@@ -226,25 +235,6 @@ func (d *Driver) confirmVolume(ctx context.Context, ds *dataset) {
 		}
 	}
 	d.tidySoon(ds)
-}
-
-// lose takes down what this node has of a volume it no longer owns. What
-// containers still hold stays, refused to everybody: this node must not format,
-// mount or detach it under them.
-func (d *Driver) lose(ctx context.Context, ds *dataset) {
-	log := d.log.WithField("volume", ds.vol.Name)
-	ds.lost = "this host no longer owns it, but has it still open; stop its containers"
-	if err := d.closeFilesystem(ctx, ds); err != nil {
-		log.Errorf("no longer the owner: %v", err)
-		return
-	}
-	if err := d.detach(ctx, ds); err != nil {
-		log.Errorf("no longer the owner: %v", err)
-		return
-	}
-	log.Warn("no longer the owner; unmounted and detached")
-	ds.lost = ""
-	d.disown(ds)
 }
 
 // tidy is one level-triggered look at one volume: it takes down what nothing
@@ -261,6 +251,17 @@ func (d *Driver) tidy(ctx context.Context, ds *dataset) {
 			d.retry(ds)
 		}
 		return
+	}
+	if wait := time.Until(ds.late); wait > 0 {
+		d.schedule(ds, wait) // and the lock is free meanwhile
+		return
+	}
+	if ds.pending != nil {
+		if err := d.finishTakeover(ctx, ds); err != nil {
+			log.Warn(err)
+			d.retry(ds)
+			return
+		}
 	}
 	if ds.refs.total() > 0 {
 		// Trying costs whoever does use it a write-back, so not on a mere suspicion,
@@ -321,20 +322,14 @@ func (d *Driver) linger(ds *dataset) time.Duration {
 	return d.cfg.Linger
 }
 
-// reconcile confirms what was restored as soon as etcd answers, then looks at
-// everything this node has, periodically.
+// reconcile looks at everything this node has, periodically, once what was
+// restored has been compared with etcd.
 func (d *Driver) reconcile(ctx context.Context) {
-	for wait := 50 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
-		err := d.confirm(ctx)
-		if err == nil {
-			break
-		}
-		d.log.Debugf("reconcile: %v", err)
-		if !sleep(ctx, jitter(wait)) {
-			return
-		}
+	select {
+	case <-d.confirmed:
+	case <-ctx.Done():
+		return
 	}
-	close(d.confirmed)
 	// I/O to a device that has gone may hang for ever: one volume of several then.
 	slots := make(chan struct{}, 8)
 	for round := 0; ; round++ {
@@ -403,7 +398,46 @@ func (d *Driver) recheck(ctx context.Context, vid string) {
 	if ds.token != 0 && errors.Is(d.cfg.Map.Check(bounded, vid, ds.token), ownership.ErrLost) {
 		d.lose(bounded, ds)
 	}
+	d.checkHealth(bounded, ds)
 	d.tidy(bounded, ds)
+}
+
+// checkHealth quarantines a volume whose filesystem the kernel has found errors
+// in. Its containers go on with what still works.
+func (d *Driver) checkHealth(ctx context.Context, ds *dataset) {
+	if !ds.mounted || ds.token == 0 || ds.lost != "" || ds.vol.Phase != ownership.PhaseReady {
+		return
+	}
+	if err := d.cfg.Mounter.Health(d.target(ds)); errors.Is(err, mount.ErrDamaged) {
+		_ = d.quarantine(ctx, ds, err) // it has logged it
+	}
+}
+
+// rejoin compares everything with etcd after each registration: the first is the
+// start, and while this node was not heard from, others may have taken its volumes
+// over.
+func (d *Driver) rejoin(ctx context.Context) {
+	registered := d.cfg.Map.Registrations()
+	for first := true; ; first = false {
+		select {
+		case <-registered:
+		case <-ctx.Done():
+			return
+		}
+		for wait := 50 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
+			err := d.confirm(ctx)
+			if err == nil {
+				break
+			}
+			d.log.Debugf("reconcile: %v", err)
+			if !sleep(ctx, jitter(wait)) {
+				return
+			}
+		}
+		if first {
+			close(d.confirmed)
+		}
+	}
 }
 
 // sleep waits, and says whether ctx is still alive.

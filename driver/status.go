@@ -145,6 +145,11 @@ func (d *Driver) describe(view ownership.View, here *snapshot, stale bool) Volum
 		switch {
 		case here.lost != "":
 			status["state"], status["detail"] = "lost", here.lost
+		case here.pending != "":
+			status["state"], status["detail"] = "being taken over", "from host "+here.pending
+			if here.fault != "" {
+				status["detail"] = here.fault
+			}
 		case here.mounted:
 			status["state"], status["mounts"] = "mounted", here.mounts
 			v.Mountpoint = d.mountpoint(vol.ID)
@@ -163,9 +168,12 @@ func (d *Driver) describe(view ownership.View, here *snapshot, stale bool) Volum
 		if !view.OwnerLive {
 			status["state"], status["detail"] = "owner not responding", "host "+view.Owner.Host+" has not been heard from"
 		}
+		if p := view.Owner.Pending; p != nil {
+			status["state"], status["detail"] = "being taken over", "from host "+p.Host
+		}
 		waiting = view.Waiting
 	}
-	if here == nil && vol.Phase != ownership.PhaseReady {
+	if vol.Phase == ownership.PhaseQuarantined || here == nil && vol.Phase != ownership.PhaseReady {
 		status["state"] = string(vol.Phase)
 		if vol.Reason != "" {
 			status["detail"] = vol.Reason

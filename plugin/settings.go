@@ -49,6 +49,7 @@ type settings struct {
 	Linger        time.Duration `option:"FLOCKER_LINGER" default:"5s" help:"time for which an idle volume stays attached, unless another host wants it"`
 	BusyWait      time.Duration `option:"FLOCKER_BUSY_WAIT" default:"30s" help:"time for which a mount waits for containers on another host to stop, at most 100s; 0s: not at all"`
 	MountDeadline time.Duration `option:"FLOCKER_MOUNT_DEADLINE" default:"100s" min:"1s" help:"time after which a mount is given up, at most 110s; Docker gives up after 120s"`
+	Hold          time.Duration `option:"FLOCKER_HOLD" default:"3s" min:"1s" help:"time for which a dead host must stay silent before its volumes are taken over, where the storage can cut it off"`
 	Reconcile     time.Duration `option:"FLOCKER_RECONCILE" default:"30s" min:"1s" help:"time between two comparisons of what is with what should be"`
 
 	DockerSocket string `option:"FLOCKER_DOCKER_SOCKET" default:"/host/run/docker.sock" help:"socket of the Docker Engine, which is asked what containers use a volume"`

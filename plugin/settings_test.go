@@ -27,7 +27,7 @@ func TestSettingsDefaults(t *testing.T) {
 		Backend: "loopback", LoopbackDir: "/var/lib/flocker/loopback",
 		DefaultSize: 10 * backends.GiB, DefaultFS: "ext4",
 		NodeTTL: 10 * time.Second, NodeRenew: 2500 * time.Millisecond, Linger: 5 * time.Second,
-		BusyWait: 30 * time.Second, MountDeadline: 100 * time.Second, Reconcile: 30 * time.Second,
+		BusyWait: 30 * time.Second, MountDeadline: 100 * time.Second, Hold: 3 * time.Second, Reconcile: 30 * time.Second,
 		DockerSocket: "/host/run/docker.sock",
 	}
 	if !reflect.DeepEqual(got, want) {

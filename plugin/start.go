@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"math/rand/v2"
 	"strings"
 	"sync"
@@ -61,18 +62,24 @@ func start(ctx context.Context, s settings, srv *server, log *logrus.Entry) {
 	if err != nil {
 		return
 	}
-	owners := ownership.New(store, node, ownership.Config{Prefix: s.EtcdPrefix, TTL: s.NodeTTL, Renew: s.NodeRenew, Seen: seen, Log: log})
 	storage := map[string]backends.Backend{}
 	for name, open := range registry {
 		storage[name] = open(s, node)
 	}
-	d, err := persist(ctx, log, "driver", func() (*driver.Driver, error) { //nolint:contextcheck // the driver's work ends with Run
+	var d *driver.Driver // there before owners runs
+	owners := ownership.New(store, node, ownership.Config{
+		Prefix: s.EtcdPrefix, TTL: s.NodeTTL, Renew: s.NodeRenew, Seen: seen, Log: log,
+		Identify:  func(ctx context.Context) (map[string]string, error) { return identities(ctx, storage) },
+		Condemned: func(ctx context.Context, death ownership.Death) error { return d.GiveUp(ctx, death) },
+		Healthy:   func() error { return d.Healthy() },
+	})
+	d, err = persist(ctx, log, "driver", func() (*driver.Driver, error) { //nolint:contextcheck // the driver's work ends with Run
 		return driver.New(driver.Config{
 			Node: node, Map: owners, Backends: storage, Backend: s.Backend,
 			Mounter: &mount.System{}, Docker: driver.NewEngine(s.DockerSocket), Log: log,
 			StateDir: s.StateDir, MountRoot: s.MountRoot,
 			DefaultSize: s.DefaultSize, DefaultFS: s.DefaultFS,
-			Linger: s.Linger, BusyWait: s.BusyWait, Reconcile: s.Reconcile,
+			Linger: s.Linger, BusyWait: s.BusyWait, Hold: s.Hold, Reconcile: s.Reconcile,
 		})
 	})
 	if err != nil {
@@ -89,6 +96,25 @@ func start(ctx context.Context, s settings, srv *server, log *logrus.Entry) {
 			}
 		})
 	}
+}
+
+// identities asks the storage systems by what names they know this host.
+func identities(ctx context.Context, storage map[string]backends.Backend) (map[string]string, error) {
+	names := map[string]string{}
+	for name, backend := range storage {
+		identifier, ok := backends.As[backends.Identifier](backend)
+		if !ok {
+			continue
+		}
+		bounded, cancel := context.WithTimeout(ctx, 5*time.Second)
+		identity, err := identifier.Identity(bounded)
+		cancel()
+		if err != nil {
+			return nil, fmt.Errorf("by what name %s knows this host: %w", name, err)
+		}
+		names[name] = identity
+	}
+	return names, nil
 }
 
 // etcdInside runs the etcd inside the plugin until stop is called, which is after

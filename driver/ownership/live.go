@@ -158,6 +158,11 @@ func (m *Map) register(ctx context.Context) error {
 		}
 		node.State = old.State
 	}
+	if m.cfg.Identify != nil {
+		if node.Identities, err = m.cfg.Identify(ctx); err != nil {
+			return err
+		}
+	}
 	former := state.kv(1)
 	if former != nil {
 		if err := m.mayFollow(*former); err != nil {

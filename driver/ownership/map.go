@@ -31,6 +31,10 @@ type Config struct {
 	// Now is a clock that does not stop when the machine sleeps. Default
 	// CLOCK_BOOTTIME.
 	Now func() time.Duration
+	// Identify, if set, is asked at each registration by what names the storage
+	// systems know this node, by backend: they are in the node's record for those who
+	// may have to fence it. Without an answer it does not register.
+	Identify func(ctx context.Context) (map[string]string, error)
 	// Healthy, if set, is asked before each renewal: a process that no longer works
 	// must not go on looking alive.
 	Healthy func() error

@@ -1,0 +1,366 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/driver/ownership"
+)
+
+// Taking a volume over from an owner that is dead: record, fence, observe, commit.
+//
+//	grounds   may it be taken at all, by the storage's class, and since when is
+//	          the owner silent
+//	Seize     the record: this node is the owner, pending the fence (etcd)
+//	Fence     the storage cuts the former owner off and says so
+//	Settle    the commit, under a new token; only then is the volume attached
+//
+// Between Seize and Settle the volume is neither used nor given away. Whoever
+// finds it so goes on with the fence: this process after a failure, the next one
+// of this host after a crash, another host once this one is silent.
+
+// fenceTimeout bounds one call of a Fencer.
+const fenceTimeout = 30 * time.Second
+
+// takeOver takes a volume from an owner that is not heard from. again says to
+// claim anew: the owner changed, or is back. The dataset's lock is held.
+func (d *Driver) takeOver(ctx context.Context, ds *dataset, held *ownership.HeldError, w wish) (again bool, err error) {
+	grounds, err := d.grounds(ctx, held, w.purpose)
+	if errors.Is(err, ownership.ErrConflict) {
+		return true, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	owner, vol, err := d.cfg.Map.Seize(ctx, held.Owner, grounds)
+	switch {
+	case errors.Is(err, ownership.ErrConflict):
+		return true, nil
+	case err != nil:
+		d.suspect(ds, err)
+		return false, d.explain(held.Volume.Name, err)
+	}
+	d.log.WithField("volume", vol.Name).Warnf("taking it over from host %s (%s)", owner.Pending.Host, grounds)
+	ds.vol = vol
+	if held.Owner.Pending != nil {
+		d.mayBeLate(ds) // the fence its taker died with
+	}
+	return false, d.owned(ctx, ds, owner)
+}
+
+// grounds decides whether a volume may be taken from its silent owner, and waits
+// until it may. ErrConflict: the owner is back, or has changed.
+func (d *Driver) grounds(ctx context.Context, held *ownership.HeldError, purpose string) (ownership.Grounds, error) {
+	owner := held.Owner
+	if owner.Pending != nil {
+		// Its owner died while it was taking the volume over, and never attached it:
+		// what the first takeover was founded on still holds.
+		return ownership.GroundsSilent, d.awaitSilence(ctx, held)
+	}
+	backend, err := d.backend(held.Volume.Backend)
+	if err != nil {
+		return "", err
+	}
+	death, err := d.cfg.Map.Died(ctx, owner.Node, owner.Boot)
+	switch {
+	case err != nil:
+		return "", d.explain(held.Volume.Name, err)
+	case death != nil:
+		return ownership.GroundsConfirmed, nil
+	case purpose == removing:
+		return "", d.deadOwner(held, "it may be in use there, so it was not removed: bring host "+owner.Host+
+			" back, or mount the volume on another host first, which takes it over")
+	}
+	if class := backend.Properties().Class; class == backends.ClassExclusive || class == backends.ClassFenced {
+		if err := d.cfg.Map.Storm(); err != nil {
+			return "", d.deadOwner(held, err.Error())
+		}
+		return ownership.GroundsSilent, d.awaitSilence(ctx, held)
+	}
+	rebooted, err := d.rebooted(ctx, owner)
+	if err != nil {
+		return "", d.explain(held.Volume.Name, err)
+	}
+	if rebooted {
+		return ownership.GroundsRebooted, d.awaitSilence(ctx, held)
+	}
+	return "", d.deadOwner(held, fmt.Sprintf("%s cannot cut it off, so nothing was changed: make sure host %s is switched off, then type: %s",
+		held.Volume.Backend, owner.Host, confirmCommand(owner.Host)))
+}
+
+// confirmCommand is what an operator types to say that a host is dead.
+func confirmCommand(host string) string { return "docker flocker node confirm-dead " + host }
+
+// rebooted says that the owner's host has registered under a newer boot than the
+// one it took the volume in: what that one had mounted is gone.
+func (d *Driver) rebooted(ctx context.Context, owner ownership.Owner) (bool, error) {
+	nodes, err := d.cfg.Map.Nodes(ctx)
+	if err != nil {
+		return false, err
+	}
+	for _, n := range nodes {
+		if n.ID == owner.Node {
+			return n.Boot != owner.Boot, nil
+		}
+	}
+	return false, nil
+}
+
+// awaitSilence waits until the owner has been silent for the hold, as seen by this
+// node without a gap. ErrConflict if it is heard from.
+func (d *Driver) awaitSilence(ctx context.Context, held *ownership.HeldError) error {
+	started := time.Now()
+	for {
+		if err := d.cfg.Map.Live(); err != nil {
+			return d.explain(held.Volume.Name, err)
+		}
+		silent, ok := d.cfg.Map.Silence(held.Owner.Node)
+		if ok && silent >= d.cfg.Hold {
+			return nil
+		}
+		wait := 100 * time.Millisecond // until the watch has seen it too, or it is back
+		if ok {
+			wait = min(d.cfg.Hold-silent, poll)
+		} else if time.Since(started) > poll {
+			return fmt.Errorf("volume %s: %w", held.Volume.Name, ownership.ErrConflict)
+		}
+		if !sleep(ctx, wait) {
+			return d.deadOwner(held, fmt.Sprintf("it is taken over when host %s has been silent for %s; retry", held.Owner.Host, d.cfg.Hold))
+		}
+	}
+}
+
+// deadOwner says that a volume's owner is not heard from, and what comes of it.
+func (d *Driver) deadOwner(held *ownership.HeldError, what string) error {
+	since := ""
+	if silent, ok := d.cfg.Map.Silence(held.Owner.Node); ok && silent >= time.Second {
+		since = " for " + silent.Truncate(time.Second).String()
+	}
+	return fmt.Errorf("%w%s; %s", held, since, what)
+}
+
+// finishTakeover fences the former owner of a volume that this node has seized,
+// and commits. It is repeated until it succeeds.
+func (d *Driver) finishTakeover(ctx context.Context, ds *dataset) (err error) {
+	if ds.pending == nil {
+		return nil
+	}
+	from := *ds.pending
+	defer func() {
+		if err != nil {
+			ds.fault = err.Error()
+			ds.publish()
+		}
+	}()
+	if err := d.awaitLate(ctx, ds); err != nil {
+		return err
+	}
+	evidence, err := d.fence(ctx, ds, from)
+	if err != nil {
+		return err
+	}
+	owner, vol, err := d.cfg.Map.Settle(ctx, ownership.Owner{Volume: ds.id, Node: d.cfg.Node.ID, Token: ds.token, Pending: &from}, evidence)
+	if errors.Is(err, ownership.ErrLost) {
+		d.disown(ds)
+	}
+	if err != nil {
+		return d.explain(ds.vol.Name, err)
+	}
+	ds.vol, ds.token, ds.pending, ds.fault = vol, owner.Token, nil, ""
+	d.log.WithField("volume", vol.Name).Warnf("taken over from host %s (token %d), which was cut off: %s", from.Host, from.Token, evidence)
+	return nil
+}
+
+// fence cuts the former owner off, and returns what was seen of that.
+func (d *Driver) fence(ctx context.Context, ds *dataset, from ownership.Pending) (evidence string, err error) {
+	backend, err := d.backend(ds.vol.Backend)
+	if err != nil {
+		return "", err
+	}
+	fencer, ok := backends.As[backends.Fencer](backend)
+	if !ok {
+		return d.fencedByHand(ctx, ds, from)
+	}
+	// A fence that is sent late must not be this node's any more.
+	if err := d.cfg.Map.Check(ctx, ds.id, ds.token); err != nil {
+		if errors.Is(err, ownership.ErrLost) {
+			d.disown(ds)
+		}
+		return "", d.explain(ds.vol.Name, err)
+	}
+	bounded, cancel := context.WithTimeout(ctx, fenceTimeout)
+	defer cancel()
+	evidence, err = fencer.Fence(bounded, backends.FenceRequest{
+		Ref: ds.vol.Ref, Volume: ds.id, Node: from.Node, Identity: from.Identities[ds.vol.Backend], Token: from.Token,
+	})
+	if err != nil {
+		d.mayBeLate(ds)
+		return "", fmt.Errorf("volume %s: host %s, which owned it, could not be cut off from it: %w; it is tried again",
+			ds.vol.Name, from.Host, err)
+	}
+	return evidence, nil
+}
+
+// fencedByHand is the fence of storage that has none: the operator's word that the
+// former owner is dead, or that its host has been started anew.
+func (d *Driver) fencedByHand(ctx context.Context, ds *dataset, from ownership.Pending) (evidence string, err error) {
+	switch from.Grounds {
+	case ownership.GroundsRebooted:
+		return "host " + from.Host + " has been started anew", nil
+	case ownership.GroundsConfirmed:
+		return "an operator declared host " + from.Host + " dead", nil
+	case ownership.GroundsSilent:
+	}
+	death, err := d.cfg.Map.Died(ctx, from.Node, from.Boot)
+	switch {
+	case err != nil:
+		return "", d.explain(ds.vol.Name, err)
+	case death == nil:
+		return "", fmt.Errorf("volume %s: %s cannot cut host %s off; if that host is dead, type: %s",
+			ds.vol.Name, ds.vol.Backend, from.Host, confirmCommand(from.Host))
+	}
+	return death.By + " declared it dead: " + death.Evidence, nil
+}
+
+// mayBeLate notes that a call which names the volume may still take effect.
+func (d *Driver) mayBeLate(ds *dataset) {
+	backend, err := d.backend(ds.vol.Backend)
+	if err != nil || backend.Properties().LateCalls == 0 {
+		return
+	}
+	ds.late = time.Now().Add(backend.Properties().LateCalls)
+}
+
+// awaitLate waits until no earlier call can hit what is done next: where the
+// storage knows an attachment by volume and node alone, a late detach or fence
+// would hit the new one.
+func (d *Driver) awaitLate(ctx context.Context, ds *dataset) error {
+	if wait := time.Until(ds.late); wait > 0 && !sleep(ctx, wait) {
+		return tooEarly(ds)
+	}
+	return nil
+}
+
+// tooEarly is nil, or says that an earlier call may still take effect.
+func tooEarly(ds *dataset) error {
+	wait := time.Until(ds.late)
+	if wait <= 0 {
+		return nil
+	}
+	return fmt.Errorf("volume %s: an earlier call to %s may still take effect for %s; retry then",
+		ds.vol.Name, ds.vol.Backend, max(wait.Round(time.Second), time.Second))
+}
+
+// lose takes down what this node has of a volume it no longer owns, without its
+// containers' consent: the storage may have cut this node off, or an operator has
+// declared it dead, and the data is another host's now. The order is that of the
+// safety rules: nothing more reaches the device, then the containers end, then it
+// can be unmounted and detached. What still holds it blocks the volume here.
+func (d *Driver) lose(ctx context.Context, ds *dataset) {
+	log := d.log.WithField("volume", ds.vol.Name)
+	if ds.lost == "" {
+		log.Error("this host no longer owns it; what has it open here is stopped")
+	}
+	ds.lost, ds.pending = "this host no longer owns it, but has it still open; its containers are being stopped", nil
+	ds.publish()
+	if err := d.cfg.Mounter.Shutdown(ctx, d.target(ds)); err != nil {
+		log.Errorf("no longer the owner: shut its filesystem down: %v", err)
+	}
+	if killed, err := d.killContainers(ctx, ds); err != nil {
+		log.Errorf("no longer the owner: kill its containers: %v", err)
+	} else if len(killed) > 0 {
+		log.Warnf("no longer the owner: killed %s", strings.Join(killed, ", "))
+	}
+	if err := d.closeFilesystem(ctx, ds); err != nil {
+		log.Errorf("no longer the owner: %v", err)
+		return
+	}
+	if err := d.detach(ctx, ds); err != nil {
+		log.Errorf("no longer the owner: %v", err)
+		return
+	}
+	log.Warn("no longer the owner; unmounted and detached")
+	ds.lost = ""
+	d.disown(ds)
+}
+
+// killContainers kills what uses a lost volume, unless Docker may mean another
+// volume of that name by now.
+func (d *Driver) killContainers(ctx context.Context, ds *dataset) ([]string, error) {
+	if d.cfg.Docker == nil || ds.vol.Name == "" || ds.att == nil && !ds.mounted {
+		return nil, nil
+	}
+	if other := d.byName(ds.vol.Name); other != nil && other != ds {
+		return nil, nil
+	}
+	return d.cfg.Docker.Kill(ctx, ds.vol.Name)
+}
+
+// GiveUp takes down everything this node has, because an operator has declared it
+// dead: others may have it by now. An error says what is still open; it is called
+// again then.
+func (d *Driver) GiveUp(ctx context.Context, death ownership.Death) error {
+	d.log.Errorf("this host was declared dead by %s at %s (%s): everything it has open is given up", death.By, death.At.Format(time.RFC3339), death.Evidence)
+	var open []string
+	for _, ds := range d.local() {
+		name := ds.snapshot.Load().vol.Name
+		d.locked(ctx, ds.id, d.lose)
+		if !ds.snapshot.Load().idle() {
+			open = append(open, name)
+		}
+	}
+	if len(open) > 0 {
+		return fmt.Errorf("this host was declared dead by %s, and still has open: %s", death.By, strings.Join(open, ", "))
+	}
+	return nil
+}
+
+// quarantine takes a volume out of service whose data is in doubt, until a person
+// has looked at it.
+func (d *Driver) quarantine(ctx context.Context, ds *dataset, cause error) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+	defer cancel()
+	vol, err := d.cfg.Map.Quarantine(ctx, ds.vol, ds.token, cause.Error())
+	if err != nil {
+		return errors.Join(cause, fmt.Errorf("quarantine: %w", err))
+	}
+	ds.vol = vol
+	d.remember(vol)
+	d.log.WithField("volume", vol.Name).Errorf("quarantined: %v", cause)
+	return d.explain(vol.Name, &ownership.PhaseError{Volume: vol})
+}
+
+// Nodes returns the cluster's nodes.
+func (d *Driver) Nodes(ctx context.Context) ([]ownership.NodeStatus, error) {
+	return d.cfg.Map.Nodes(ctx)
+}
+
+// ConfirmDead records an operator's word that a host is dead. *ownership.LiveError
+// if it answers, unless forced.
+func (d *Driver) ConfirmDead(ctx context.Context, host string, death ownership.Death) (ownership.Death, error) {
+	return d.cfg.Map.DeclareDead(ctx, host, death)
+}
+
+// Reinstate takes a volume out of quarantine.
+func (d *Driver) Reinstate(ctx context.Context, name string) error {
+	view, err := d.cfg.Map.Lookup(ctx, name)
+	if err != nil {
+		return d.explain(name, err)
+	}
+	vol, err := d.cfg.Map.Reinstate(ctx, view.Volume.ID)
+	if err != nil {
+		return err
+	}
+	d.remember(vol)
+	return nil
+}
+
+// AcceptRestore says that etcd was restored from a backup on purpose, with no
+// volume mounted anywhere.
+func (d *Driver) AcceptRestore(ctx context.Context) (gen int64, err error) {
+	return d.cfg.Map.AcceptRestore(ctx)
+}
