@@ -24,7 +24,15 @@ func (s *System) close(ctx context.Context, device string) error {
 	if err != nil {
 		return err
 	}
-	defer dev.Close()
+	// If the device does not answer, nobody else can open it until it does.
+	return bounded(ctx, func() error {
+		defer dev.Close()
+		return s.prove(ctx, dev)
+	})
+}
+
+// prove is Close with the device open.
+func (s *System) prove(ctx context.Context, dev *blockDevice) error {
 	// A device-mapper or RAID device on top claims it as we did, and is seen above
 	// on most kernels; its name is worth telling.
 	holders, err := os.ReadDir(dev.sys() + "/holders")

@@ -219,13 +219,18 @@ func firstNonZero(b []byte) int {
 
 // check repairs what is safe to repair on an ext4 filesystem that nobody uses. full
 // does it even where the superblock asks for none.
-func check(ctx context.Context, device string, full bool) error {
+func (d *blockDevice) check(ctx context.Context, sb *superblock, full bool) error {
+	device := d.Name()
 	args := []string{"-p", device}
 	if full {
 		args = []string{"-f", "-p", device}
 	}
 	code, err := program{pkg: "e2fsprogs", name: "e2fsck", args: args, device: device}.run(ctx)
 	switch {
+	case errors.Is(err, ErrMultiMount):
+		return d.refusal(sb)
+	case context.Cause(ctx) != nil && sb.guardAt != 0:
+		return errors.Join(err, d.clearCheck(sb))
 	case err == nil, code == 1, code == 2:
 		return nil
 	case code > 0 && code&4 != 0:

@@ -28,7 +28,7 @@ const (
 // The check before it gets half of the time there is: a volume too large for that
 // is mounted as it is. The growing is not ended with ctx, because half of it could
 // be worse than none; it has a generous time of its own.
-func (s *System) growUnmounted(ctx context.Context, device string) error {
+func (s *System) growUnmounted(ctx context.Context, dev *blockDevice, sb *superblock) error {
 	limit := time.Minute
 	if end, ok := ctx.Deadline(); ok {
 		limit = min(limit, time.Until(end)/2)
@@ -37,14 +37,17 @@ func (s *System) growUnmounted(ctx context.Context, device string) error {
 	defer cancel()
 	err := s.at("grow")
 	if err == nil {
-		err = check(limited, device, true)
+		err = dev.check(limited, sb, true)
 	}
 	if err != nil {
 		return err
 	}
 	own, cancelOwn := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Minute)
 	defer cancelOwn()
-	_, err = program{pkg: "e2fsprogs", name: "resize2fs", args: []string{device}, device: device}.run(own)
+	_, err = program{pkg: "e2fsprogs", name: "resize2fs", args: []string{dev.Name()}, device: dev.Name()}.run(own)
+	if errors.Is(err, ErrMultiMount) {
+		return dev.refusal(sb)
+	}
 	return err
 }
 

@@ -60,8 +60,9 @@ var (
 	// ErrDamaged: the filesystem has errors that are not repaired without a person's
 	// decision. It is not mounted.
 	ErrDamaged = errors.New("damaged")
-	// ErrMultiMount: the filesystem's guard says that another host has it mounted.
-	ErrMultiMount = errors.New("mounted by another host")
+	// ErrMultiMount: the filesystem's guard says that another host has it mounted, or
+	// checks it.
+	ErrMultiMount = errors.New("in use by another host")
 	// ErrUnwritten: it is done, and nobody has the filesystem or the device any
 	// more, but the device did not take what was written last.
 	ErrUnwritten = errors.New("last writes may be lost")

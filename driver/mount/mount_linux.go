@@ -1,6 +1,7 @@
 package mount
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -59,7 +60,7 @@ func (s *System) mount(ctx context.Context, spec Spec, owner Owner) (warnings []
 		return nil, err
 	}
 	if mounted {
-		return nil, sameDevice(target, dev)
+		return nil, s.sameDevice(target, dev)
 	}
 	if sb, warnings, err = s.repair(ctx, spec, dev, sb, id); err != nil {
 		return nil, err
@@ -122,13 +123,13 @@ func (s *System) repair(ctx context.Context, spec Spec, dev *blockDevice, sb *su
 		return nil, nil, err
 	}
 	if sb.damaged {
-		if err = check(ctx, spec.Device, false); err != nil {
+		if err = dev.check(ctx, sb, false); err != nil {
 			return nil, nil, err
 		}
 	}
 	var warnings []string
 	if grow {
-		if err = s.growUnmounted(ctx, spec.Device); err != nil {
+		if err = s.growUnmounted(ctx, dev, sb); err != nil {
 			if errors.Is(err, ErrDamaged) || context.Cause(ctx) != nil {
 				return nil, nil, err
 			}
@@ -144,14 +145,22 @@ func (s *System) mountOn(ctx context.Context, dir *os.File, target string, spec 
 	if err = s.at("mount"); err != nil {
 		return nil, err
 	}
-	detached, err := open(spec.FS, spec.Device, opts)
+	shared := isLive(sb, dev)
+	detached, err := open(ctx, spec.FS, spec.Device, opts)
 	if err != nil {
-		return nil, err
+		return nil, dev.multiMount(ctx, sb, err)
 	}
 	defer detached.Close()
 	rootFD, err := unix.Openat(int(detached.Fd()), ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if errors.Is(err, unix.EIO) && sb.fs == xfs {
+		return nil, errStopped
+	}
 	if err != nil {
 		return nil, fmt.Errorf("open root: %w", err)
+	}
+	if shared && isStopped(rootFD) {
+		unix.Close(rootFD)
+		return nil, errStopped
 	}
 	root := os.NewFile(uintptr(rootFD), "root of "+spec.Device)
 	defer root.Close()
@@ -196,8 +205,26 @@ func (s *System) mountOn(ctx context.Context, dir *os.File, target string, spec 
 	return warnings, nil
 }
 
+// errStopped is a filesystem that another mount namespace keeps in the state that a
+// Shutdown or a failure left it in.
+var errStopped = fmt.Errorf("%w: its filesystem was shut down on this host, or failed, and a process still has it open: "+
+	"stop the containers that use it, then try again", ErrBusy)
+
+// isLive says whether this host has an ext4 mounted already.
+func isLive(sb *superblock, dev *blockDevice) bool {
+	_, err := os.Stat(ext4Info(dev.rdev))
+	return sb.fs == ext4 && err == nil
+}
+
+// isStopped says whether an ext4 takes no more changes, by one without a meaning.
+func isStopped(root int) bool {
+	now := []unix.Timespec{{Nsec: unix.UTIME_NOW}, {Nsec: unix.UTIME_OMIT}}
+	err := unix.UtimesNanoAt(root, ".", now, 0)
+	return errors.Is(err, unix.EIO) || errors.Is(err, unix.EROFS)
+}
+
 // open makes a superblock and a mount that is nowhere yet.
-func open(kind, device string, opts parsedOptions) (detached *os.File, err error) {
+func open(ctx context.Context, kind, device string, opts parsedOptions) (detached *os.File, err error) {
 	fsfd, err := unix.Fsopen(kind, unix.FSOPEN_CLOEXEC)
 	switch {
 	case errors.Is(err, unix.ENOSYS):
@@ -221,7 +248,11 @@ func open(kind, device string, opts parsedOptions) (detached *os.File, err error
 			return nil, refused(fsfd, "mount option "+o.name, err)
 		}
 	}
-	if err = unix.FsconfigCreate(fsfd); err != nil {
+	err = interruptible(ctx, func() error { return unix.FsconfigCreate(fsfd) })
+	if cause := context.Cause(ctx); cause != nil { // what comes too late goes with fsfd
+		return nil, cmp.Or(err, cause)
+	}
+	if err != nil {
 		return nil, refused(fsfd, "mount", err)
 	}
 	fd, err := unix.Fsmount(fsfd, unix.FSMOUNT_CLOEXEC, int(opts.attrs))
@@ -357,8 +388,8 @@ func topMount(target string) (*mountinfo.Info, error) {
 	return infos[len(infos)-1], nil
 }
 
-// sameDevice is nil if dev's filesystem is what is mounted on target.
-func sameDevice(target string, dev *blockDevice) error {
+// sameDevice is nil if dev's filesystem is what is mounted on target, and in use.
+func (s *System) sameDevice(target string, dev *blockDevice) error {
 	info, err := topMount(target)
 	if err != nil {
 		return err
@@ -368,6 +399,9 @@ func sameDevice(target string, dev *blockDevice) error {
 	}
 	if rdev := mountedDevice(info); rdev != dev.rdev || info.Root != "/" {
 		return fmt.Errorf("%w: %s (%s, its directory %s) is mounted on %s already", ErrBusy, info.Source, info.FSType, info.Root, target)
+	}
+	if s.isShutDown(info) {
+		return fmt.Errorf("%w: it is mounted on %s and was shut down; unmount it first", ErrDamaged, target)
 	}
 	return nil
 }
@@ -383,6 +417,12 @@ func mountedDevice(info *mountinfo.Info) uint64 {
 		return 0
 	}
 	return rdev
+}
+
+// deviceName returns what the kernel calls a device.
+func deviceName(rdev uint64) (string, error) {
+	link, err := os.Readlink(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(rdev), unix.Minor(rdev)))
+	return filepath.Base(link), err
 }
 
 // Mounted looks target up in the mount table. See Mounter.
@@ -407,11 +447,11 @@ func (s *System) Mounted(target string) (device string, err error) {
 	if named, statErr := deviceNumber(info.Source); statErr == nil && named == rdev {
 		return info.Source, nil
 	}
-	link, err := os.Readlink(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(rdev), unix.Minor(rdev)))
+	name, err := deviceName(rdev)
 	if err != nil {
 		return info.Source, nil //nolint:nilerr // the device has gone from under the mount: its old name is all there is
 	}
-	return "/dev/" + filepath.Base(link), nil
+	return "/dev/" + name, nil
 }
 
 // Unmount unmounts target. See Mounter.

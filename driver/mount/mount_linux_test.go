@@ -55,6 +55,8 @@ type rig struct {
 	size              int64
 	fs, id            string
 	dev, file, target string
+	guard             bool
+	mkfs              string // options
 }
 
 func newRig(t *testing.T, fs string, size int64) *rig {
@@ -85,7 +87,9 @@ func newTarget(t *testing.T) string {
 }
 
 func (r *rig) formatSpec() mount.FormatSpec {
-	return mount.FormatSpec{Device: r.dev, FS: r.fs, UUID: r.id, Label: "a-name-that-is-too-long-for-most"}
+	return mount.FormatSpec{
+		Device: r.dev, FS: r.fs, UUID: r.id, Label: "a-name-that-is-too-long-for-most", Guard: r.guard, Options: r.mkfs,
+	}
 }
 
 func (r *rig) spec() mount.Spec {
@@ -823,8 +827,9 @@ func TestInterruptedFormat(t *testing.T) {
 			sizes = []int64{4 * testMiB, 9*testMiB + 512, size, 1 << 30, 3 << 30}
 		}
 		killed := 0
-		for _, size := range sizes {
+		for i, size := range sizes {
 			r := newRig(t, fs, size)
+			r.guard = i%2 > 0
 			for _, step := range []string{"mkfs", "verify"} {
 				s := mount.WithFault(func(at string) error {
 					if at == step {

@@ -74,7 +74,14 @@ func TestMkfsArgs(t *testing.T) {
 	const id = "4a3f1a40-7c0f-4d39-8a53-0f2d9e6c1b7a"
 	for _, c := range []struct {
 		fs, label, options, want, err string
+		guard                         bool
 	}{
+		{
+			fs: "ext4", guard: true, options: "-O ^mmp -E mmp_update_interval=9",
+			want: "-q -F -t ext4 -e remount-ro -U " + id + " -E nodiscard,lazy_itable_init=1,lazy_journal_init=1,mmp_update_interval=1,mmp_update_interval=9 -O mmp -O ^mmp /dev/x",
+		},
+		{fs: "xfs", guard: true, want: "-q -f -K -m uuid=" + id + " /dev/x"},
+		{fs: "btrfs", guard: true, want: "-q -f -K -U " + id + " /dev/x"},
 		{
 			fs: "ext4", label: "db",
 			want: "-q -F -t ext4 -e remount-ro -U " + id + " -E nodiscard,lazy_itable_init=1,lazy_journal_init=1 -L db /dev/x",
@@ -103,7 +110,7 @@ func TestMkfsArgs(t *testing.T) {
 		{fs: "btrfs", options: "-M=1", err: "-M takes no value"},
 		{fs: "btrfs", options: "--rootdir /etc", err: `invalid mkfs option "--rootdir"`},
 	} {
-		got, err := mkfsArgs(FormatSpec{Device: "/dev/x", FS: c.fs, UUID: id, Label: c.label, Options: c.options})
+		got, err := mkfsArgs(FormatSpec{Device: "/dev/x", FS: c.fs, UUID: id, Label: c.label, Options: c.options, Guard: c.guard})
 		switch {
 		case c.err != "":
 			if !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), c.err) {

@@ -39,6 +39,9 @@ func (s *System) shutdown(ctx context.Context, target string) error {
 	if CheckFS(info.FSType) != nil || info.Root != "/" {
 		return fmt.Errorf("%w: the directory %s of %s (%s) is mounted there, not a volume", ErrIdentity, info.Root, info.Source, info.FSType)
 	}
+	if err = s.at("shutdown"); err != nil {
+		return err
+	}
 	root, err := os.OpenFile(info.Mountpoint, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if errors.Is(err, unix.EIO) { // an XFS that was shut down
 		s.setCut(mountedDevice(info), true)
@@ -51,24 +54,45 @@ func (s *System) shutdown(ctx context.Context, target string) error {
 		root.Close()
 		return err
 	}
-	if err = s.at("shutdown"); err != nil {
-		root.Close()
-		return err
-	}
-	// It aborts the journal, which may wait for a device that does not answer.
+	// It takes effect at once and aborts the journal, which may wait for a device that
+	// does not answer.
+	rdev := mountedDevice(info)
+	s.setCut(rdev, true)
 	err = bounded(ctx, func() error {
 		defer root.Close()
 		how := uint32(noLogFlush)
-		return ioctl(root, fsShutdown, unsafe.Pointer(&how))
+		if err := ioctl(root, fsShutdown, unsafe.Pointer(&how)); err != nil {
+			return err
+		}
+		drain(rdev)
+		return nil
 	})
 	switch {
-	case errors.Is(err, unix.ENOTTY), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EINVAL):
-		return fmt.Errorf("%w: %s cannot be shut down: %w", ErrUnsupported, info.FSType, err)
-	case err != nil:
+	case err == nil, errors.Is(err, context.Cause(ctx)):
 		return err
+	case errors.Is(err, unix.ENOTTY), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EINVAL):
+		err = fmt.Errorf("%w: %s cannot be shut down: %w", ErrUnsupported, info.FSType, err)
 	}
-	s.setCut(mountedDevice(info), true)
-	return nil
+	s.setCut(rdev, false)
+	return err
+}
+
+// drain writes what an ext4 that was shut down has committed to its journal and not
+// yet put in its place. The kernel would write it within the next half minute, when
+// the device may be another node's. What the device does not take is given up.
+func drain(rdev uint64) {
+	name, err := deviceName(rdev)
+	if err != nil {
+		return
+	}
+	dev, err := openDevice("/dev/"+name, os.O_RDONLY)
+	if err != nil {
+		return
+	}
+	defer dev.Close()
+	if dev.rdev == rdev {
+		_ = dev.Sync()
+	}
 }
 
 // bounded runs f, and leaves it behind if it does not end before ctx: a system call
@@ -144,7 +168,7 @@ func (s *System) Health(target string) error {
 	if s.isShutDown(info) {
 		bad = append(bad, "it was shut down")
 	} else if opts := strings.Split(info.VFSOptions, ","); slices.Contains(opts, "ro") || slices.Contains(opts, "emergency_ro") {
-		bad = append(bad, "the kernel made it read-only")
+		bad = append(bad, "it has become read-only")
 	}
 	if len(bad) == 0 {
 		return nil
@@ -168,12 +192,9 @@ func errorsNoted(info *mountinfo.Info) string {
 	if info.FSType != ext4 {
 		return ""
 	}
-	link, err := os.Readlink(fmt.Sprintf("/sys/dev/block/%d:%d", info.Major, info.Minor))
-	if err != nil {
-		return ""
-	}
+	dir := ext4Info(unix.Mkdev(uint32(info.Major), uint32(info.Minor)))
 	read := func(name string) string {
-		b, _ := os.ReadFile(filepath.Join("/sys/fs/ext4", filepath.Base(link), name))
+		b, _ := os.ReadFile(filepath.Join(dir, name))
 		return strings.TrimSpace(string(b))
 	}
 	count := read("errors_count")
@@ -181,6 +202,9 @@ func errorsNoted(info *mountinfo.Info) string {
 		return ""
 	}
 	noted := count + " errors"
+	if count == "1" {
+		noted = "1 error"
+	}
 	var seconds int64
 	if _, err := fmt.Sscan(read("last_error_time"), &seconds); err == nil && seconds > 0 {
 		noted += ", the last at " + time.Unix(seconds, 0).UTC().Format(time.RFC3339)
@@ -189,4 +213,14 @@ func errorsNoted(info *mountinfo.Info) string {
 		noted += " in " + where
 	}
 	return noted + "; the kernel's log has more"
+}
+
+// ext4Info returns the directory with what the kernel says about a mounted ext4, ""
+// if it cannot be found.
+func ext4Info(rdev uint64) string {
+	name, err := deviceName(rdev)
+	if err != nil {
+		return ""
+	}
+	return filepath.Join("/sys/fs/ext4", name)
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"time"
 
 	"github.com/google/uuid"
 )
@@ -34,6 +35,10 @@ type superblock struct {
 	// block is the unit of its size, maxPct what xfs wants back when it grows.
 	block  int64
 	maxPct uint32
+	// guardAt is the byte where an ext4 has its multi-mount protection, 0 if it has
+	// none, and guardEvery how often the host that has it mounted writes there.
+	guardAt    int64
+	guardEvery time.Duration
 	// size is the filesystem's, in bytes.
 	size int64
 	// room returns the size the filesystem would have, grown to a device of n bytes.
@@ -67,6 +72,7 @@ func parseExt4(b []byte) *superblock {
 	const (
 		incompatJournalDev = 0x8
 		incompat64bit      = 0x80
+		incompatMMP        = 0x100
 	)
 	incompat := le.Uint32(b[0x60:])
 	if le.Uint16(b[0x38:]) != 0xef53 || incompat&incompatJournalDev != 0 {
@@ -94,6 +100,10 @@ func parseExt4(b []byte) *superblock {
 		damaged: le.Uint16(b[0x3a:])&2 != 0,
 		block:   block,
 		size:    int64(blocks) * block,
+	}
+	if at := le.Uint64(b[0x168:]); incompat&incompatMMP != 0 && at < blocks {
+		s.guardAt = int64(at) * block
+		s.guardEvery = time.Duration(le.Uint16(b[0x166:])) * time.Second
 	}
 	inodes := int64(le.Uint32(b[0x28:])) * int64(le.Uint16(b[0x58:]))
 	reserved := int64(le.Uint16(b[0xce:]))

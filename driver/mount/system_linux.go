@@ -164,7 +164,8 @@ type program struct {
 }
 
 // run runs a program to its end. Its last line of error output is in the error, and
-// code is its exit status. A program that is not installed is ErrUnsupported.
+// code is its exit status. A program that is not installed is ErrUnsupported, and
+// what it refuses because of the filesystem's guard ErrMultiMount.
 //
 // The program has the device open from its first moment, so that the kernel keeps
 // the device as it is: if this process is killed, the next must not be able to give
@@ -197,6 +198,11 @@ func (p program) run(ctx context.Context) (code int, err error) {
 	}
 	if cause := context.Cause(ctx); cause != nil {
 		return -1, fmt.Errorf("run %s: %w", p.name, cause)
+	}
+	// The library that e2fsck and resize2fs share says it in the first line of many.
+	if _, said, found := strings.Cut(stderr.String(), p.name+": MMP: "); found {
+		said, _, _ = strings.Cut(said, "\n")
+		return cmd.ProcessState.ExitCode(), fmt.Errorf("run %s: %w: %s", p.name, ErrMultiMount, said)
 	}
 	last := lastLine(stderr.String())
 	if last == "" {

@@ -1,0 +1,90 @@
+package mount_test
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
+
+	"github.com/flocker-plugin/flocker/driver/mount"
+)
+
+// netDisk is a disk behind a network, which can go away under a filesystem: a loop
+// device on the file that nbdfuse shows of an nbdkit.
+type netDisk struct {
+	t      *testing.T
+	server *exec.Cmd
+}
+
+// newNetRig is a rig on a network disk.
+func newNetRig(t *testing.T, fs string, size int64) (*rig, *netDisk) {
+	t.Helper()
+	needRoot(t)
+	needProgram(t, "nbdkit")
+	needProgram(t, "nbdfuse")
+	dir := t.TempDir()
+	socket, shown := filepath.Join(dir, "socket"), filepath.Join(dir, "shown")
+	if err := os.Mkdir(shown, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	image := newFile(t, size)
+	d := &netDisk{t: t, server: exec.Command("nbdkit", "-f", "-U", socket, "file", image)}
+	d.start(d.server, socket)
+	file := filepath.Join(shown, "disk")
+	client := exec.Command("nbdfuse", file, "nbd+unix:///?socket="+socket)
+	d.start(client, file)
+	t.Cleanup(func() { _ = unix.Unmount(shown, unix.MNT_DETACH) })
+
+	r := &rig{t: t, s: &mount.System{}, size: size, fs: fs, id: uuid.NewString(), file: file}
+	r.dev = attach(t, file)
+	t.Cleanup(func() { detach(t, r.dev, file) })
+	r.target = newTarget(t)
+	return r, d
+}
+
+// start starts a program and waits for the path that it makes.
+func (d *netDisk) start(cmd *exec.Cmd, path string) {
+	d.t.Helper()
+	cmd.Stderr = os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := cmd.Start(); err != nil {
+		d.t.Fatal(err)
+	}
+	d.t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	for range 500 {
+		if _, err := os.Lstat(path); err == nil {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	d.t.Fatalf("%s does not show %s", cmd.Path, path)
+}
+
+// cut ends the server: all I/O fails from then on.
+func (d *netDisk) cut() {
+	d.t.Helper()
+	if err := d.server.Process.Kill(); err != nil {
+		d.t.Fatal(err)
+	}
+	_ = d.server.Wait()
+}
+
+// hang makes the server not answer until resume is called.
+func (d *netDisk) hang() (resume func()) {
+	d.t.Helper()
+	signal := func(s os.Signal) {
+		if err := d.server.Process.Signal(s); err != nil {
+			d.t.Error(err)
+		}
+	}
+	signal(syscall.SIGSTOP)
+	resume = sync.OnceFunc(func() { signal(syscall.SIGCONT) })
+	d.t.Cleanup(resume)
+	return resume
+}

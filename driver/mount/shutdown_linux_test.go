@@ -1,0 +1,440 @@
+package mount_test
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/flocker-plugin/flocker/driver/mount"
+)
+
+// container is a process in a mount namespace of its own, which writes and syncs one
+// small file after the other until that fails.
+type container struct {
+	t     *testing.T
+	cmd   *exec.Cmd
+	in    io.Closer
+	out   *bufio.Scanner
+	acked int // files it was told are on the disk
+}
+
+func newContainer(t *testing.T, dir string) *container {
+	t.Helper()
+	needProgram(t, "unshare")
+	c := &container{t: t, cmd: exec.Command("unshare", "-m", "--propagation", "private", "sh", "-c", `
+		cd "$1"
+		exec 9> open
+		dd if=/dev/zero of=unsynced bs=1M count=3 2> /dev/null
+		i=0
+		while echo "number $i" > f$i && sync f$i; do echo $i; i=$((i+1)); done 2>&1
+		echo > late
+		echo stopped
+		read line`, "sh", dir)}
+	in, err := c.cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := c.cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.in, c.out = in, bufio.NewScanner(out)
+	if err := c.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.end)
+	return c
+}
+
+func (c *container) end() { _ = c.cmd.Process.Kill(); _ = c.cmd.Wait() }
+
+// writes waits until n files more are on the disk.
+func (c *container) writes(n int) {
+	c.t.Helper()
+	for range n {
+		if !c.out.Scan() || c.out.Text() != fmt.Sprint(c.acked) {
+			c.t.Fatalf("after %d files the container says %q (%v)", c.acked, c.out.Text(), c.out.Err())
+		}
+		c.acked++
+	}
+}
+
+// stopped returns what the writer said when it could not go on.
+func (c *container) stopped() (said string) {
+	for c.out.Scan() && c.out.Text() != "stopped" {
+		if c.out.Text() == fmt.Sprint(c.acked) {
+			c.acked++
+		} else {
+			said += c.out.Text() + "\n"
+		}
+	}
+	return said
+}
+
+// wantAcked asserts that what was synced is on the filesystem.
+func (r *rig) wantAcked(c *container) {
+	r.t.Helper()
+	for i := range c.acked {
+		r.wantContent(fmt.Sprintf("f%d", i), fmt.Sprintf("number %d\n", i))
+	}
+}
+
+func (r *rig) shutdown() {
+	r.t.Helper()
+	start := time.Now()
+	if err := r.s.Shutdown(r.t.Context(), r.target); err != nil {
+		r.t.Fatal(err)
+	}
+	r.t.Logf("shutdown took %v", time.Since(start))
+}
+
+// restart is another process that looks at the same kernel.
+func (r *rig) restart() { r.s = &mount.System{} }
+
+// eachWithShutdown is eachFS without btrfs.
+func eachWithShutdown(t *testing.T, test func(r *rig)) {
+	t.Helper()
+	for _, k := range kinds[:2] {
+		t.Run(k.fs, func(t *testing.T) {
+			needRoot(t)
+			needProgram(t, "mkfs."+k.fs)
+			test(newRig(t, k.fs, k.size))
+		})
+	}
+}
+
+func TestShutdown(t *testing.T) {
+	eachWithShutdown(t, func(r *rig) {
+		t, ctx := r.t, r.t.Context()
+		r.format()
+		r.mount()
+		if err := r.s.Health(r.target); err != nil {
+			t.Errorf("health: %v", err)
+		}
+		c := newContainer(t, r.data("."))
+		c.writes(20)
+		r.shutdown()
+		start := time.Now()
+		if said := c.stopped(); !strings.Contains(said, "Input/output error") {
+			t.Errorf("the container stopped with %q, want an I/O error", said)
+		}
+		if took := time.Since(start); took > 2*time.Second {
+			t.Errorf("the container went on for %v", took)
+		}
+		for range 2 {
+			r.shutdown() // again: nil
+			r.restart()
+		}
+		wantErr(t, r.s.Health(r.target), mount.ErrDamaged, r.fs+" on "+r.dev+": damaged: it was shut down")
+		_, err := r.s.Mount(ctx, r.spec(), mount.Owner{})
+		wantErr(t, err, mount.ErrDamaged, "mount "+r.dev+": damaged: it is mounted on "+r.target+" and was shut down; unmount it first")
+		r.shutdown()
+		wantErr(t, r.s.Health(r.target), mount.ErrDamaged, "it was shut down")
+
+		r.unmount()
+		r.shutdown() // nothing is mounted: nil
+		if err := r.s.Health(r.target); err != nil {
+			t.Errorf("health of nothing: %v", err)
+		}
+		wantErr(t, r.s.Close(ctx, r.dev), mount.ErrBusy, "busy")
+		for range 2 {
+			_, err = r.s.Mount(ctx, r.spec(), mount.Owner{})
+			wantErr(t, err, mount.ErrBusy, "mount "+r.dev+": busy: its filesystem was shut down on this host, or failed, and a process still has it open: stop the containers")
+			r.restart()
+		}
+		if got, _ := r.s.Mounted(r.target); got != "" {
+			t.Errorf("mounted: got %q, want nothing", got)
+		}
+		c.end()
+		r.close()
+
+		r.mount()
+		r.wantAcked(c)
+		if err := r.s.Health(r.target); err != nil {
+			t.Errorf("health after the next mount: %v", err)
+		}
+		r.write("f", "works again")
+		r.unmount()
+		checkFS(t, r)
+		r.wantGone()
+	})
+}
+
+// What is not known to have been shut down on purpose has lost something.
+func TestUnmountAfterAnotherProcessShutItDown(t *testing.T) {
+	r := newRig(t, "xfs", 320*testMiB)
+	r.format()
+	r.mount()
+	r.shutdown()
+	r.restart()
+	wantErr(t, r.s.Unmount(t.Context(), r.target), mount.ErrUnwritten, "unmount "+r.target+": it is unmounted, but its last writes may be lost: open: input/output error")
+	r.unmount()
+	r.wantGone()
+}
+
+// What ext4 has in its journal and not yet in its place would reach the device later,
+// when it may be another node's.
+func TestNothingIsWrittenAfterShutdown(t *testing.T) {
+	eachWithShutdown(t, func(r *rig) {
+		r.format()
+		r.mount()
+		for i := range 50 {
+			r.write(fmt.Sprint(i), "synced")
+		}
+		r.shutdown()
+		before := sum(r.t, r.file)
+		r.unmount()
+		r.close()
+		if sum(r.t, r.file) != before {
+			r.t.Error("the device was written to after Shutdown had returned")
+		}
+	})
+}
+
+// Shutdown stops whole filesystems: it must never be that of the host, or of another
+// volume.
+func TestShutdownOfSomethingElse(t *testing.T) {
+	r, other := newRig(t, "ext4", 8*testMiB), newRig(t, "ext4", 8*testMiB)
+	r.format()
+	other.format()
+	other.mount()
+	ctx := t.Context()
+
+	if err := os.Mkdir(r.target, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	bind := func(source, fs string, flags uintptr) {
+		t.Helper()
+		if err := unix.Mount(source, r.target, fs, flags, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	refused := func(text string) {
+		t.Helper()
+		wantErr(t, r.s.Shutdown(ctx, r.target), mount.ErrIdentity, text)
+		if err := unix.Unmount(r.target, 0); err != nil {
+			t.Fatal(err)
+		}
+		other.write("f", "still works")
+	}
+	if err := r.s.Shutdown(ctx, r.target); err != nil { // the bare directory
+		t.Error(err)
+	}
+	bind(other.data("."), "", unix.MS_BIND)
+	refused("shut down the filesystem on " + r.target + ": not the expected filesystem: the directory /data of " + other.dev + " (ext4) is mounted there, not a volume")
+	bind("none", "tmpfs", 0)
+	refused("the directory / of none (tmpfs) is mounted there, not a volume")
+	if err := unix.Mount(r.dev, r.target, "ext4", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	r.s = mount.WithFault(func(step string) error {
+		if step == "shutdown" { // somebody mounts over it at the last moment
+			return unix.Mount(other.target, r.target, "", unix.MS_BIND, "")
+		}
+		return nil
+	})
+	refused(r.target + " is not the root of " + r.dev)
+	r.write2(t)
+	r.s = &mount.System{}
+	r.unmount()
+	other.unmount()
+	r.wantGone()
+	other.wantGone()
+}
+
+func (r *rig) write2(t *testing.T) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(r.target, "x"), nil, 0o600); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestShutdownOfBtrfs(t *testing.T) {
+	r := newRig(t, "btrfs", 128*testMiB)
+	needProgram(t, "mkfs.btrfs")
+	r.format()
+	r.mount()
+	err := r.s.Shutdown(t.Context(), r.target)
+	if err == nil {
+		t.Skip("this kernel can")
+	}
+	wantErr(t, err, mount.ErrUnsupported, "shut down the filesystem on "+r.target+": not supported here: btrfs cannot be shut down")
+	r.write("f", "still works")
+	if err := r.s.Health(r.target); err != nil {
+		t.Error(err)
+	}
+	r.unmount()
+	r.wantGone()
+}
+
+// What a Shutdown excuses, it excuses for that filesystem only: a later one on a
+// device of the same number is another.
+func TestShutdownExcusesOneFilesystem(t *testing.T) {
+	r := newRig(t, "ext4", 8*testMiB)
+	r.s = mount.WithFault(func(step string) error {
+		if step == "flush" {
+			return unix.EIO
+		}
+		return nil
+	})
+	lost := func() {
+		t.Helper()
+		wantErr(t, r.s.Close(t.Context(), r.dev), mount.ErrUnwritten, "close "+r.dev+": last writes may be lost: flush: input/output error")
+	}
+	stop := func() {
+		t.Helper()
+		r.mount()
+		r.shutdown()
+		r.unmount()
+		r.close()
+	}
+	r.format()
+	lost()
+	stop()
+	r.mount()
+	r.unmount()
+	lost()
+	stop()
+	blank(t, r.file)
+	r.close()
+	r.format()
+	lost()
+}
+
+// What the kernel noted stays until the filesystem is checked, which Mount does.
+func TestHealthOfErrors(t *testing.T) {
+	r := newRig(t, "ext4", 64*testMiB)
+	r.format()
+	r.mount()
+	r.write("f", "kept")
+	if err := r.s.Health(r.target); err != nil {
+		t.Errorf("health: %v", err)
+	}
+	trigger := filepath.Join("/sys/fs/ext4", filepath.Base(r.dev), "trigger_fs_error")
+	if err := os.WriteFile(trigger, []byte("made by a test"), 0o200); err != nil {
+		t.Fatal(err)
+	}
+	err := r.s.Health(r.target)
+	wantErr(t, err, mount.ErrDamaged, "ext4 on "+r.dev+": damaged: 1 error, the last at "+time.Now().UTC().Format("2006-01-02T15:"))
+	wantErr(t, err, mount.ErrDamaged, "; the kernel's log has more; it has become read-only")
+	wantErr(t, r.s.Unmount(t.Context(), r.target), mount.ErrUnwritten, "last writes may be lost: write back: ")
+	r.close()
+	r.mount()
+	if err := r.s.Health(r.target); err != nil {
+		t.Errorf("health after the repair: %v", err)
+	}
+	r.wantContent("f", "kept")
+	// as a volume of ours is never mounted
+	if err := unix.Mount("", r.target, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+		t.Fatal(err)
+	}
+	wantErr(t, r.s.Health(r.target), mount.ErrDamaged, "ext4 on "+r.dev+": damaged: it has become read-only")
+	r.unmount()
+	r.wantGone()
+}
+
+// The storage system has cut this host off: nothing can be written back any more, and
+// that must not keep the volume on the host for ever.
+func TestDeviceThatIsCutOff(t *testing.T) {
+	for _, k := range kinds {
+		t.Run(k.fs, func(t *testing.T) {
+			r, disk := newNetRig(t, k.fs, k.size)
+			needProgram(t, "mkfs."+k.fs)
+			ctx := t.Context()
+			r.format()
+			r.mount()
+			c := newContainer(t, r.data("."))
+			c.writes(3)
+			disk.cut()
+			if said := c.stopped(); !strings.Contains(said, "Input/output error") {
+				t.Errorf("the container stopped with %q, want an I/O error", said)
+			}
+			var noted error
+			for end := time.Now().Add(20 * time.Second); noted == nil && time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+				if f, err := os.Create(r.data("more")); err == nil {
+					_ = f.Sync()
+					f.Close()
+				}
+				noted = r.s.Health(r.target)
+			}
+			wantErr(t, noted, mount.ErrDamaged, r.fs+" on "+r.dev+": damaged: ")
+			t.Logf("noted: %v", noted)
+
+			lost := "last writes may be lost"
+			if k.fs == "btrfs" { // which cannot be shut down
+				wantErr(t, r.s.Shutdown(ctx, r.target), mount.ErrUnsupported, "btrfs")
+				c.end()
+				wantErr(t, r.s.Unmount(ctx, r.target), mount.ErrUnwritten, "unmount "+r.target+": it is unmounted, but its "+lost)
+				r.unmount()
+			} else {
+				r.shutdown()
+				c.end()
+				r.unmount()
+				for range 2 {
+					r.close()
+				}
+				r.restart() // what was done on purpose is not known any more
+			}
+			for range 2 {
+				wantErr(t, r.s.Close(ctx, r.dev), mount.ErrUnwritten, "close "+r.dev+": "+lost+": flush: sync "+r.dev+": input/output error")
+			}
+		})
+	}
+}
+
+// The storage system does not answer: nobody waits for it without an end, and what
+// was begun ends when it answers again.
+func TestDeviceThatHangs(t *testing.T) {
+	for _, k := range kinds[:2] {
+		t.Run(k.fs, func(t *testing.T) {
+			r, disk := newNetRig(t, k.fs, k.size)
+			needProgram(t, "mkfs."+k.fs)
+			short := func() context.Context {
+				ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+				t.Cleanup(cancel)
+				return ctx
+			}
+			r.format()
+			r.mount()
+			r.write("f", "synced")
+			if err := os.WriteFile(r.data("g"), nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			resume := disk.hang()
+			if err := r.s.Health(r.target); err != nil {
+				t.Errorf("health: %v", err)
+			}
+			wantErr(t, r.s.Shutdown(short(), r.target), context.DeadlineExceeded, "shut down the filesystem on "+r.target+": the kernel does not answer")
+			wantErr(t, r.s.Health(r.target), mount.ErrDamaged, "it was shut down") // all the same
+			if err := os.WriteFile(r.data("h"), nil, 0o600); !errors.Is(err, unix.EIO) {
+				t.Errorf("write: got %v, want EIO", err)
+			}
+			wantErr(t, r.s.Unmount(short(), r.target), mount.ErrBusy, "busy")
+			resume()
+			r.shutdown()
+			r.unmount()
+			r.wantGone()
+
+			resume = disk.hang()
+			wantErr(t, r.s.Close(short(), r.dev), context.DeadlineExceeded, "close "+r.dev+": the kernel does not answer")
+			wantErr(t, r.s.Close(short(), r.dev), mount.ErrBusy, "busy")
+			resume()
+			time.Sleep(100 * time.Millisecond)
+			r.close()
+			r.mount()
+			r.wantContent("f", "synced")
+			r.unmount()
+			r.wantGone()
+		})
+	}
+}
