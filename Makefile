@@ -15,8 +15,8 @@ GOLANGCI := v2.12.2
 
 # Debian packages: of the tests and the demo, and of the plugin's root file system.
 PACKAGES := btrfs-progs busybox-static ca-certificates containerd docker-compose docker.io \
-	e2fsprogs gcc git iproute2 iptables kmod libc6-dev libseccomp-dev mmdebstrap pkg-config procps \
-	tini util-linux xfsprogs
+	e2fsprogs gcc git iproute2 iptables kmod libc6-dev libnbd-bin libseccomp-dev mmdebstrap nbdkit \
+	pkg-config procps tini util-linux xfsprogs
 ROOTFS := btrfs-progs busybox-static ca-certificates e2fsprogs mount util-linux xfsprogs
 DEBIAN := bookworm
 
@@ -27,7 +27,7 @@ comma := ,
 .DEFAULT_GOAL := help
 .PHONY: help
 help: ## print this
-	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 .PHONY: build
 build: ## the binaries: build/flocker-plugin, and build/docker-flocker for the command line
@@ -51,6 +51,14 @@ else
 	cp build/flocker-plugin build/plugin/rootfs/usr/bin/
 endif
 	cp config.json build/plugin/
+
+.PHONY: plugin-teststore
+plugin-teststore: plugin ## the managed plugin with the test storage as well, build/plugin-teststore
+	rm -rf build/plugin-teststore
+	cp -al build/plugin build/plugin-teststore
+	rm build/plugin-teststore/rootfs/usr/bin/flocker-plugin
+	CGO_ENABLED=0 $(GO) build -trimpath -tags teststore -ldflags '-s -w -X main.version=$(VERSION)' \
+		-o build/plugin-teststore/rootfs/usr/bin/flocker-plugin ./plugin
 
 # A new rootfs.sh or package list is a new base.
 BASEDIR = $(CACHE)/base-$(DEBIAN)-$(shell (echo $(ROOTFS); cat plugin/rootfs.sh) | cksum | cut -d' ' -f1)
@@ -97,7 +105,7 @@ check: lint ## formatting, vet, linters, go.mod
 MODULES = $(patsubst %/go.mod,%,$(shell find . -mindepth 2 -name go.mod -not -path './build/*'))
 
 .PHONY: test
-test: deps engine plugin ## everything, with what it needs
+test: deps engine plugin-teststore ## everything, with what it needs
 	$(MAKE) --no-print-directory test-unit test-e2e
 
 .PHONY: test-unit

@@ -24,8 +24,11 @@ import (
 // version is set by the linker.
 var version = "development"
 
-// registry is every storage backend there is.
-var registry = map[string]func(settings, ownership.Node) backends.Backend{
+// opener makes the backend of this node.
+type opener func(settings, ownership.Node) backends.Backend
+
+// registry is every storage backend there is, but for testBackends.
+var registry = map[string]opener{
 	"loopback": func(s settings, node ownership.Node) backends.Backend {
 		return loopback.New(loopback.Config{Dir: s.LoopbackDir, Node: node.ID, Preallocate: s.LoopbackPreallocate})
 	},
@@ -48,6 +51,7 @@ func main() {
 // run is the life of the process. It ends with 1 for a configuration that is
 // wrong; whatever may get right again by itself is tried until it does.
 func run() int {
+	maps.Copy(registry, testBackends)
 	s, warnings, err := settingsFrom(os.Environ())
 	if _, ok := registry[s.Backend]; err == nil && !ok {
 		err = fmt.Errorf("setting FLOCKER_BACKEND: unknown backend %q; valid: %s", s.Backend, strings.Join(slices.Sorted(maps.Keys(registry)), ", "))
