@@ -184,7 +184,7 @@ func (a *Admin) confirmDead(ctx context.Context, r *http.Request) (any, error) {
 			"stop the containers there, and other hosts can mount their volumes; "+
 			"to force it nevertheless: docker flocker node confirm-dead %s --force", live.Host, host)}
 	}
-	a.changed("confirm-dead", err, logrus.Fields{"host": host, "by": body.By, "because": body.Because, "forced": body.Force, "boot": death.Boot})
+	a.changed("confirm-dead", err, logrus.Fields{"host": host, "by": body.By, "because": body.Because, "forced": body.Force})
 	if err != nil {
 		return nil, err
 	}

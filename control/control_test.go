@@ -142,7 +142,7 @@ func TestConfirmDead(t *testing.T) {
 	if status != 200 || got != want {
 		t.Errorf("got %d %s, want 200 %s", status, got, want)
 	}
-	if want := `level=info msg="done as an operator asked" because="<burnt>" boot=9f3c1a2b-0000-4000-8000-000000000000 by=anna@b forced=false host=a op=confirm-dead`; logged != want {
+	if want := `level=info msg="done as an operator asked" because="<burnt>" by=anna@b forced=false host=a op=confirm-dead`; logged != want {
 		t.Errorf("logged %s, want %s", logged, want)
 	}
 
