@@ -2,6 +2,7 @@ package ownership_test
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net"
@@ -308,7 +309,30 @@ func TestEtcdAnswerLost(t *testing.T) {
 	if err := b.Release(ctx, v.ID, view.Owner.Token); err != nil {
 		t.Fatal(err)
 	}
-	lossy("delete", func() error { v, err = a.Delete(ctx, view.Volume, 0); return err })
+	dead, _, err := b.Claim(ctx, v.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dead.Node = "c"
+	value, err := json.Marshal(dead)
+	if err != nil {
+		t.Fatal(err)
+	}
+	direct := connect(t, endpoint)
+	defer func() { _ = direct.Close() }()
+	res, err := direct.Txn(ctx, ownership.Txn{Then: []ownership.Op{{Kind: ownership.OpPut, Key: "/flocker/v1/own/" + v.ID, Value: value}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dead.Token = res.Revision
+	lossy("seize", func() error { o, _, err = a.Seize(ctx, dead, ownership.GroundsSilent); return err })
+	lossy("settle", func() error { o, _, err = a.Settle(ctx, o, "seen"); return err })
+	lossy("quarantine", func() error { v, err = a.Quarantine(ctx, view.Volume, o.Token, "why"); return err })
+	lossy("reinstate", func() error { v, err = a.Reinstate(ctx, v.ID); return err })
+	if err := a.Release(ctx, v.ID, o.Token); err != nil {
+		t.Fatal(err)
+	}
+	lossy("delete", func() error { v, err = a.Delete(ctx, v, 0); return err })
 	lossy("purge", func() error { return a.Purge(ctx, v) })
 }
 

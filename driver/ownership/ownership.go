@@ -5,6 +5,10 @@
 // fencing token. live/<nid> is liveness: it is on its node's lease, and its
 // absence means "not heard from", never "has stopped writing".
 //
+// A volume whose owner is not live is taken over in two steps: Seize records who
+// takes it and whom to fence, and Settle that the fence was seen. fence/<nid>/<boot>
+// stands for the fence where an operator vouches that a node is dead.
+//
 // Every decision is a transaction's compare, never a read. Every write carries an
 // operation id; after an error or a failed compare the key is read again, and if
 // it carries our operation id the write has happened (the etcd client may send a

@@ -237,48 +237,49 @@ func seizeRace(r *rig) {
 // What the owner does between the decision and the record of it counts.
 func seizeMeanwhile(r *rig) {
 	b := r.node("b")
-	for name, c := range map[string]struct {
+	for id, c := range map[string]struct {
 		grounds ownership.Grounds
-		then    func(o ownership.Owner)
+		then    func(id string, o ownership.Owner)
 		want    string
 	}{
-		"live again":                    {ownership.GroundsSilent, func(ownership.Owner) { r.join30(named("a")) }, "host host-a is live"},
-		"live again under another boot": {ownership.GroundsSilent, func(ownership.Owner) { r.join30(restarted("a")) }, "host host-a is live"},
-		"retaken": {ownership.GroundsSilent, func(o ownership.Owner) {
-			a := r.join30(named("a"))
-			_, _, err := a.Retake(r.Context(), o)
+		"back":           {ownership.GroundsSilent, func(id string, _ ownership.Owner) { r.join30(named(id)) }, "is live"},
+		"back-restarted": {ownership.GroundsSilent, func(id string, _ ownership.Owner) { r.join30(restarted(id)) }, "is live"},
+		"back-just-now": {ownership.GroundsSilent, func(id string, _ ownership.Owner) {
+			r.put(`{"id":"`+id+`"}`, "live", id)
+		}, "is live"},
+		"retaken": {ownership.GroundsSilent, func(id string, o ownership.Owner) {
+			_, _, err := r.join30(named(id)).Retake(r.Context(), o)
 			r.ok(err)
 		}, "changed by another node"},
-		"released": {ownership.GroundsSilent, func(o ownership.Owner) {
-			a := r.join30(named("a"))
+		"released": {ownership.GroundsSilent, func(id string, o ownership.Owner) {
+			a := r.join30(named(id))
 			r.ok(a.Release(r.Context(), o.Volume, o.Token))
 			a.dies()
 		}, "changed by another node"},
-		"has given up what it had": {ownership.GroundsConfirmed, func(ownership.Owner) {
-			a := r.join(named("a"), ownership.Config{TTL: 30 * time.Second, Condemned: func(context.Context, ownership.Death) error { return nil }})
+		"acquitted": {ownership.GroundsConfirmed, func(id string, _ ownership.Owner) {
+			a := r.join(named(id), ownership.Config{TTL: 30 * time.Second, Condemned: func(context.Context, ownership.Death) error { return nil }})
 			a.registered()
 			a.dies()
-		}, "host host-a is not declared dead any more"},
+		}, "is not declared dead any more"},
+		"acquitted-just-now": {ownership.GroundsConfirmed, func(id string, _ ownership.Owner) {
+			r.txn(ownership.Txn{Then: []ownership.Op{{Kind: ownership.OpDelete, Key: r.key("fence", id, "boot-"+id)}}})
+		}, "is not declared dead any more"},
 	} {
-		a := r.join30(named("a"))
-		v := a.volume(name)
+		a := r.join30(named(id))
+		v := a.volume(id)
 		o := a.claim(v.ID)
 		a.dies()
 		if c.grounds == ownership.GroundsConfirmed {
-			_, err := b.DeclareDead(r.Context(), "a", ownership.Death{})
+			_, err := b.DeclareDead(r.Context(), id, ownership.Death{})
 			r.ok(err)
 		}
-		b.meanwhile(func() { c.then(o) })
+		b.meanwhile(func() { c.then(id, o) })
 		_, _, err := b.Seize(r.Context(), o, c.grounds)
 		b.bad.Inject(nil)
 		r.is(err, ownership.ErrConflict)
 		r.says(err, c.want)
-		if now := r.owner(v.ID); now != nil && now.Node != "a" {
-			r.Errorf("%s: owner is %+v", name, now)
-		}
-		for _, n := range r.keys("live", "a") {
-			r.ok(r.store.Revoke(r.Context(), n.Lease))
-			r.eventually("the end of it", func() bool { return len(r.keys("live", "a")) == 0 })
+		if now := r.owner(v.ID); now != nil && now.Node != id {
+			r.Errorf("%s: owner is %+v", id, now)
 		}
 	}
 }
