@@ -471,7 +471,7 @@ func mountable(k *FakeKernel, d *fakeDisk, spec Spec, disk string) error {
 	case mounted && m.disk != disk:
 		return fmt.Errorf("mount %s on %s: %s is mounted there: %w", spec.Device, spec.Target, m.device, ErrBusy)
 	case mounted && d.stopped[k]:
-		return fmt.Errorf("mount %s on %s: %w: it is mounted there, and was shut down", spec.Device, spec.Target, ErrDamaged)
+		return fmt.Errorf("mount %s on %s: %w: it is mounted there, and was shut down", spec.Device, spec.Target, ErrBusy)
 	case mounted:
 		return nil
 	case d.cut[k.host]:

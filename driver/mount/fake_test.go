@@ -203,7 +203,7 @@ func TestFakeShutdown(t *testing.T) {
 	}
 	wantFakeErr(t, f.Health("/t"), mount.ErrDamaged)
 	_, err := f.Mount(ctx, spec, mount.Owner{})
-	wantFakeErr(t, err, mount.ErrDamaged)
+	wantFakeErr(t, err, mount.ErrBusy)
 
 	fakeMount(t, fakes[1], spec) // it can take nothing from whoever has it now
 	if err := errors.Join(kernels[1].Write("v"), fakes[1].Unmount(ctx, "/t"), f.Unmount(ctx, "/t")); err != nil {

@@ -220,21 +220,27 @@ func firstNonZero(b []byte) int {
 // check repairs what is safe to repair on an ext4 filesystem that nobody uses. full
 // does it even where the superblock asks for none.
 func (d *blockDevice) check(ctx context.Context, sb *superblock, full bool) error {
-	device := d.Name()
-	args := []string{"-p", device}
-	if full {
-		args = []string{"-f", "-p", device}
+	if sb.guardAt != 0 {
+		if g, err := d.guard(sb); err != nil {
+			return err
+		} else if g.seq == guardChecked {
+			return d.refusal(sb)
+		}
 	}
-	code, err := program{pkg: "e2fsprogs", name: "e2fsck", args: args, device: device}.run(ctx)
+	args := []string{"-p", d.Name()}
+	if full {
+		args = slices.Insert(args, 0, "-f")
+	}
+	code, err := program{pkg: "e2fsprogs", name: "e2fsck", args: args, device: d.Name()}.run(ctx)
 	switch {
-	case errors.Is(err, ErrMultiMount):
-		return d.refusal(sb)
-	case context.Cause(ctx) != nil && sb.guardAt != 0:
-		return errors.Join(err, d.clearCheck(sb))
 	case err == nil, code == 1, code == 2:
 		return nil
+	case errors.Is(err, ErrMultiMount):
+		return d.refusal(sb)
+	case code < 0 && sb.guardAt != 0: // killed: the mark of a check is its own
+		return errors.Join(err, d.clearCheck(ctx, sb))
 	case code > 0 && code&4 != 0:
-		return fmt.Errorf("%w: its errors are not safe to repair unattended; make a copy of %s, then run e2fsck on it: %w", ErrDamaged, device, err)
+		return fmt.Errorf("%w: its errors are not safe to repair unattended; make a copy of %s, then run e2fsck on it: %w", ErrDamaged, d.Name(), err)
 	}
 	return err
 }

@@ -61,9 +61,9 @@ func (d *blockDevice) refusal(sb *superblock) error {
 	g, err := d.guard(sb)
 	switch {
 	case err != nil:
-		return fmt.Errorf("%w: which cannot be told: %w", ErrMultiMount, err)
+		return fmt.Errorf("%w: which one cannot be told: %w", ErrMultiMount, err)
 	case g.seq == guardChecked:
-		return fmt.Errorf("%w: e2fsck began a check of it on host %s at %s and has not ended; if none runs any more, type there: tune2fs -f -E clear_mmp %s",
+		return fmt.Errorf("%w: e2fsck began a check of it on host %s at %s and has not ended; if it does not run any more, type: tune2fs -f -E clear_mmp %s",
 			ErrMultiMount, g.host, g.seen.Format(time.RFC3339), d.Name())
 	}
 	return fmt.Errorf("%w: host %s has it mounted, as its device %s, and was last heard of at %s; unmount it there first",
@@ -110,11 +110,11 @@ func (d *blockDevice) multiMount(ctx context.Context, sb *superblock, err error)
 
 // clearCheck takes away what a killed e2fsck leaves in the guard: nobody could mount
 // the filesystem any more.
-func (d *blockDevice) clearCheck(sb *superblock) error {
+func (d *blockDevice) clearCheck(ctx context.Context, sb *superblock) error {
 	if g, err := d.guard(sb); err != nil || g.seq != guardChecked {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 	defer cancel()
 	_, err := program{pkg: "e2fsprogs", name: "tune2fs", args: []string{"-f", "-E", "clear_mmp", d.Name()}, device: d.Name()}.run(ctx)
 	return err

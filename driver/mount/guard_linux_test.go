@@ -225,7 +225,7 @@ func TestGuardOfAnInterruptedCheck(t *testing.T) {
 	setChecked(t, r.dev)
 	_, err := r.s.Mount(t.Context(), r.spec(), mount.Owner{})
 	wantErr(t, err, mount.ErrMultiMount, "mount "+r.dev+": in use by another host: e2fsck began a check of it on host ")
-	_, command, _ := strings.Cut(fmt.Sprint(err), "if none runs any more, type there: ")
+	_, command, _ := strings.Cut(fmt.Sprint(err), "if it does not run any more, type: ")
 	words := strings.Fields(command)
 	if len(words) != 5 {
 		t.Fatalf("got %q, want a command", command)
@@ -268,7 +268,7 @@ func TestGuardOfACheckThatIsEnded(t *testing.T) {
 	if _, err := fmt.Sscan(at, &block); err != nil {
 		t.Fatalf("%q: %v", at, err)
 	}
-	if err := os.WriteFile(filepath.Join(dir, "at"), []byte(fmt.Sprint(block*1024+4)), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, "at"), fmt.Append(nil, block*1024+4), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	path := os.Getenv("PATH")

@@ -34,7 +34,7 @@ type FormatSpec struct {
 	Options string
 	// Guard makes an ext4 refuse to be mounted while another host has it mounted:
 	// multi-mount protection, with an update interval of one second. Other
-	// filesystems have none, and -O ^mmp in Options goes before it.
+	// filesystems have none, and -O ^mmp in Options turns it off.
 	Guard bool
 }
 
@@ -88,8 +88,14 @@ type Mounter interface {
 	// not), runs the filesystem's check where its superblock asks for one, mounts
 	// it on spec.Target, grows it to the device's size, and makes spec.Target's
 	// DataDir with owner if there is none yet. Mounted there already from the same
-	// device: nil. A failed Mount leaves nothing mounted. warnings are for the
-	// log: what was left undone without harm, such as a growth the kernel refused.
+	// device: nil. A failed Mount leaves nothing mounted, and none comes later. warnings
+	// are for the log: what was left undone without harm, such as a growth the kernel
+	// refused. ErrBusy if the filesystem was shut down and is still mounted somewhere on
+	// this host.
+	//
+	// A guarded ext4 that was not unmounted by its last host takes 22 s, and twice that
+	// if it has to be checked. ErrMultiMount comes after 11 s. A context that ends
+	// earlier ends the wait.
 	Mount(ctx context.Context, spec Spec, owner Owner) (warnings []string, err error)
 
 	// Health returns ErrDamaged with what the kernel noted about the filesystem that
@@ -113,8 +119,13 @@ type Mounter interface {
 
 	// Shutdown stops the filesystem mounted on target, in every mount namespace and
 	// whoever has files open: every later call of theirs gets EIO, and what they wrote
-	// and did not sync is lost. What they did sync is there after the next Mount. It
-	// does not unmount. nil if it was stopped already or nothing is mounted there;
+	// and did not sync is lost. What they did sync is there after the next Mount. When
+	// it has returned nil, nothing but the guard's mark that it was left reaches the
+	// device any more. If ctx ends first, the device does not answer; the filesystem is
+	// stopped all the same, and the next call tells.
+	//
+	// It does not unmount. nil if it was stopped already, or if nothing is mounted on
+	// target: a namespace that alone kept the filesystem goes on, as Close shows.
 	// ErrUnsupported if the filesystem has no such call, as btrfs.
 	Shutdown(ctx context.Context, target string) error
 
@@ -122,7 +133,9 @@ type Mounter interface {
 	// namespace: it opens it exclusively (O_EXCL), checks that it has no holders,
 	// flushes it, and lets go. ErrBusy if not so within a short wait for mount
 	// namespaces of ended processes to go. `umount` returning 0 proves nothing.
-	// ErrUnwritten if all that is so and the device does not take the flush; nil even
-	// then if its filesystem was shut down by this Mounter.
+	// ErrUnwritten if all that is so and the device does not take the flush: what it
+	// did not take is dropped, and the device can be given away, but not as one with all
+	// that was written. nil even then if this Mounter shut the filesystem down, which
+	// gave that up.
 	Close(ctx context.Context, device string) error
 }

@@ -130,7 +130,7 @@ func (s *System) repair(ctx context.Context, spec Spec, dev *blockDevice, sb *su
 	var warnings []string
 	if grow {
 		if err = s.growUnmounted(ctx, dev, sb); err != nil {
-			if errors.Is(err, ErrDamaged) || context.Cause(ctx) != nil {
+			if errors.Is(err, ErrDamaged) || errors.Is(err, ErrMultiMount) || context.Cause(ctx) != nil {
 				return nil, nil, err
 			}
 			warnings = append(warnings, fmt.Sprintf("ext4 stays at %d bytes on a device of %d: %v", sb.size, dev.size, err))
@@ -401,7 +401,7 @@ func (s *System) sameDevice(target string, dev *blockDevice) error {
 		return fmt.Errorf("%w: %s (%s, its directory %s) is mounted on %s already", ErrBusy, info.Source, info.FSType, info.Root, target)
 	}
 	if s.isShutDown(info) {
-		return fmt.Errorf("%w: it is mounted on %s and was shut down; unmount it first", ErrDamaged, target)
+		return fmt.Errorf("%w: it is mounted on %s already, and was shut down or failed: stop the containers that use it, then try again", ErrBusy, target)
 	}
 	return nil
 }
@@ -501,12 +501,10 @@ func (s *System) unmount(ctx context.Context, target string) error {
 // writes as well, and tells nobody how it went. What was shut down has nothing more
 // to write.
 func (s *System) writeBack(target string) error {
-	info, err := topMount(target)
-	if err != nil {
-		return err
-	}
-	if info != nil && s.isCut(mountedDevice(info)) {
-		return nil
+	if s.hasCut() { // else nobody need read the mount table
+		if info, err := topMount(target); err == nil && info != nil && s.isCut(mountedDevice(info)) {
+			return nil
+		}
 	}
 	fd, err := unix.Open(target, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {

@@ -50,7 +50,7 @@ func (s *System) shutdown(ctx context.Context, target string) error {
 	if err != nil {
 		return err
 	}
-	if err = isMount(root, info); err != nil {
+	if err = isVolume(root, info); err != nil {
 		root.Close()
 		return err
 	}
@@ -120,14 +120,24 @@ func mountOf(target string) (*mountinfo.Info, error) {
 	return topMount(target)
 }
 
-// isMount says whether root is the root of that mount.
-func isMount(root *os.File, info *mountinfo.Info) error {
-	var st unix.Stat_t
-	if err := unix.Fstat(int(root.Fd()), &st); err != nil {
+// isVolume says whether root is that mount, and of another filesystem than the
+// directory it is in.
+func isVolume(root *os.File, info *mountinfo.Info) error {
+	const what = unix.STATX_BASIC_STATS | unix.STATX_MNT_ID
+	var st, parent unix.Statx_t
+	if err := unix.Statx(int(root.Fd()), "", unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, what, &st); err != nil {
 		return fmt.Errorf("stat root: %w", err)
 	}
-	if uint64(st.Dev) != unix.Mkdev(uint32(info.Major), uint32(info.Minor)) && info.FSType != btrfs {
-		return fmt.Errorf("%w: %s is not the root of %s", ErrIdentity, info.Mountpoint, info.Source)
+	dir := filepath.Dir(info.Mountpoint)
+	if err := unix.Statx(unix.AT_FDCWD, dir, unix.AT_STATX_DONT_SYNC, what, &parent); err != nil {
+		return fmt.Errorf("stat %s: %w", dir, err)
+	}
+	sameMount := st.Mnt_id == uint64(info.ID)
+	if st.Mask&unix.STATX_MNT_ID == 0 { // before Linux 5.8; btrfs shows another number in the table
+		sameMount = info.FSType == btrfs || int(st.Dev_major) == info.Major && int(st.Dev_minor) == info.Minor
+	}
+	if !sameMount || st.Dev_major == parent.Dev_major && st.Dev_minor == parent.Dev_minor {
+		return fmt.Errorf("%w: %s is not the root of %s alone", ErrIdentity, info.Mountpoint, info.Source)
 	}
 	return nil
 }
@@ -144,6 +154,12 @@ func (s *System) setCut(rdev uint64, cut bool) {
 	default:
 		s.cut[rdev] = true
 	}
+}
+
+func (s *System) hasCut() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.cut) > 0
 }
 
 func (s *System) isCut(rdev uint64) bool {
