@@ -12,6 +12,7 @@ package teststore
 import (
 	"context"
 	"fmt"
+	"net"
 	"strings"
 
 	"github.com/google/uuid"
@@ -30,6 +31,8 @@ type Config struct {
 	// Cluster is the UUID of the Flocker cluster. Volumes of another one are not
 	// seen. Empty: every volume is.
 	Cluster string
+	// Dial makes the connections to the server; nil is the usual way.
+	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
 }
 
 // Store is the backend of one node.
@@ -96,7 +99,7 @@ func (s *Store) server(ctx context.Context, op string, req Request) (Reply, erro
 	if op != OpCreate {
 		req.Cluster = s.cfg.Cluster
 	}
-	return Server(self.Server, nil).Call(ctx, op, req)
+	return Server(self.Server, s.cfg.Dial).Call(ctx, op, req)
 }
 
 // Identity implements backends.Identifier: the name of this host's initiator.

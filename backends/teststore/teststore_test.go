@@ -2,7 +2,6 @@ package teststore_test
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net"
@@ -230,8 +229,7 @@ func (s *storage) loops() (devices []string) {
 	for _, file := range files {
 		name, err := os.ReadFile(file)
 		for node := range s.initiators {
-			sum := sha256.Sum256([]byte(filepath.Join(s.dir, node)))
-			if err == nil && strings.Contains(string(name), fmt.Sprintf("teststore.%x.", sum[:6])) {
+			if err == nil && strings.Contains(string(name), teststore.FilePrefix(filepath.Join(s.dir, node))) {
 				devices = append(devices, strings.Split(file, "/")[3])
 			}
 		}

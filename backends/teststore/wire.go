@@ -3,6 +3,8 @@ package teststore
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -115,6 +117,14 @@ type Device struct {
 	Ref   string
 	Token int64
 	Path  string
+}
+
+// FilePrefix is what the names of the files begin with that an initiator's loop
+// devices are on, as in /sys/block/loopN/loop/backing_file. The loop devices of all
+// hosts on one kernel are one set, and the names of initiators are rather long.
+func FilePrefix(initiator string) string {
+	sum := sha256.Sum256([]byte(initiator))
+	return "teststore." + hex.EncodeToString(sum[:6]) + "."
 }
 
 // Fault is something that goes wrong with calls of the operations that a backend

@@ -20,7 +20,8 @@ const etcdMembers = 3
 // Etcd starts an etcd cluster of three members on the rig's network and returns
 // its endpoints, for the hosts. This process reaches them through Dial.
 func (r *Rig) Etcd(ctx context.Context) (endpoints []string, err error) {
-	if r.etcdProgram, err = buildEtcd(ctx); err != nil {
+	// The version that this module's go.mod names.
+	if r.etcdProgram, err = buildProgram(ctx, "etcd"); err != nil {
 		return nil, err
 	}
 	r.etcd = make([]*process, etcdMembers)
@@ -41,18 +42,18 @@ func (r *Rig) Etcd(ctx context.Context) (endpoints []string, err error) {
 
 func etcdAddr(i int) string { return fmt.Sprintf(hostNet, etcdFirst+i) }
 
-// buildEtcd builds the etcd that this module's go.mod names. Go leaves it alone
+// buildProgram builds a program of the rig, from e2e/<name>. Go leaves it alone
 // where it is up to date.
-func buildEtcd(ctx context.Context) (program string, err error) {
+func buildProgram(ctx context.Context, name string) (program string, err error) {
 	root, err := sourceRoot()
 	if err != nil {
 		return "", err
 	}
-	program = filepath.Join(root, "build", "rig-etcd")
-	cmd := exec.CommandContext(ctx, "go", "build", "-o", program, "./e2e/etcd")
+	program = filepath.Join(root, "build", "rig-"+name)
+	cmd := exec.CommandContext(ctx, "go", "build", "-o", program, "./e2e/"+name)
 	cmd.Dir = root
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	_, err = output(cmd, "build etcd")
+	_, err = output(cmd, "build "+name)
 	return program, err
 }
 

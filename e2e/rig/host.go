@@ -31,6 +31,7 @@ type Host struct {
 	link       string // the switch's end of its cable
 	dockerd    *process
 	containerd *process
+	initiator  *process // of the test storage
 }
 
 func (r *Rig) newHost(n int) *Host {
@@ -54,6 +55,11 @@ func (h *Host) Boot(ctx context.Context) error {
 	}
 	if err := h.plugIn(ctx); err != nil {
 		return err
+	}
+	if h.r.store != nil {
+		if err := h.StartInitiator(ctx); err != nil {
+			return err
+		}
 	}
 	if err := h.startContainerd(ctx); err != nil {
 		return err
@@ -235,8 +241,28 @@ func (h *Host) Partition(ctx context.Context) error {
 	return h.r.sw.inNet(ctx, "ip", "link", "set", h.link, "down")
 }
 
-// Heal plugs the host's network cable in again.
+// Cut loses every packet between the host and "etcd" or the test "storage". The
+// rest of its network stays as it is.
+func (h *Host) Cut(ctx context.Context, from string) error {
+	addrs := map[string][]string{"storage": {storeAddr}}
+	for i := range etcdMembers {
+		addrs["etcd"] = append(addrs["etcd"], etcdAddr(i))
+	}
+	if addrs[from] == nil {
+		return fmt.Errorf("cut %s: from etcd or from storage, not from %q", h.Name, from)
+	}
+	script := "iptables -w -N cut && iptables -w -I INPUT -j cut && iptables -w -I OUTPUT -j cut || true\n"
+	for _, addr := range addrs[from] {
+		script += "iptables -w -A cut -s " + addr + " -j DROP; iptables -w -A cut -d " + addr + " -j DROP\n"
+	}
+	return h.m.inNet(ctx, "sh", "-ec", script)
+}
+
+// Heal plugs the host's network cable in again, and undoes every Cut.
 func (h *Host) Heal(ctx context.Context) error {
+	if err := h.m.inNet(ctx, "sh", "-c", "! iptables -w -n -L cut >/dev/null 2>&1 || iptables -w -F cut"); err != nil {
+		return err
+	}
 	return h.r.sw.inNet(ctx, "ip", "link", "set", h.link, "up")
 }
 

@@ -15,12 +15,14 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/flocker-plugin/flocker/backends/teststore"
 )
 
 // loop is an attached loop device.
 type loop struct {
 	device string
-	name   string // lo_file_name: what its maker noted down
+	name   string // lo_file_name: what its maker noted down; of the test storage, the file's name
 	file   fileID
 }
 
@@ -37,6 +39,12 @@ func loops() ([]loop, error) {
 	var all []loop
 	for _, path := range attached {
 		l := loop{device: "/dev/" + filepath.Base(filepath.Dir(path))}
+		// Such a device may wait for its server when it is asked anything.
+		if file, err := os.ReadFile(filepath.Join(path, "backing_file")); err == nil && strings.HasPrefix(filepath.Base(string(file)), "teststore.") {
+			l.name = filepath.Base(string(file))
+			all = append(all, l)
+			continue
+		}
 		f, err := os.Open(l.device)
 		if err != nil {
 			return nil, err
@@ -130,10 +138,15 @@ func (n names) of(l loop) bool {
 }
 
 // loopNames says how the loop devices are named that the hosts in the directories
-// dirs, a pattern, have attached: the backend notes down a hash of the node.
+// dirs, a pattern, have attached: loopback notes down a hash of the node, the test
+// storage one of the host.
 func loopNames(dirs string) (names, error) {
-	files, _ := filepath.Glob(filepath.Join(dirs, "lib", "flocker", "node.json"))
 	var all names
+	hosts, _ := filepath.Glob(dirs)
+	for _, host := range hosts {
+		all = append(all, teststore.FilePrefix(initiatorName(host)))
+	}
+	files, _ := filepath.Glob(filepath.Join(dirs, "lib", "flocker", "node.json"))
 	for _, file := range files {
 		data, err := os.ReadFile(file)
 		if err != nil {

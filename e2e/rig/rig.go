@@ -78,6 +78,7 @@ type Rig struct {
 	etcd []*process
 	// etcdProgram is the member's executable.
 	etcdProgram string
+	store       *TestStore
 	plugin      pluginDir
 }
 
@@ -91,6 +92,7 @@ const (
 	bridgeAddr = "198.18.0.1"
 	hostNet    = "198.18.0.%d"
 	etcdFirst  = 11
+	storeAddr  = "198.18.0.21"
 	hostFirst  = 101
 )
 

@@ -3,8 +3,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -36,18 +34,11 @@ type device struct {
 // fileName names the file. The volume is in it without dashes: loopback takes files
 // with a UUID in their names for its own at first sight.
 func fileName(initiator string, d teststore.Device) string {
-	return fmt.Sprintf("%s%s.%d.%s", filePrefix(initiator), strings.ReplaceAll(d.Ref, "-", ""), d.Token, d.Grant)
-}
-
-// filePrefix is what the files of one initiator begin with. The loop devices of all
-// hosts of a rig are one set, and their names are rather long.
-func filePrefix(initiator string) string {
-	sum := sha256.Sum256([]byte(initiator))
-	return "teststore." + hex.EncodeToString(sum[:6]) + "."
+	return fmt.Sprintf("%s%s.%d.%s", teststore.FilePrefix(initiator), strings.ReplaceAll(d.Ref, "-", ""), d.Token, d.Grant)
 }
 
 func parseFileName(initiator, name string) (teststore.Device, bool) {
-	rest, ok := strings.CutPrefix(name, filePrefix(initiator))
+	rest, ok := strings.CutPrefix(name, teststore.FilePrefix(initiator))
 	parts := strings.Split(rest, ".")
 	if !ok || len(parts) != 3 || len(parts[0]) < 2 {
 		return teststore.Device{}, false
