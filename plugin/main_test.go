@@ -15,6 +15,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/flocker-plugin/flocker/control/api"
 )
 
 // TestMain is the plugin itself in the processes that tests start.
@@ -130,6 +132,24 @@ func (p *process) stop(t *testing.T) {
 	}
 }
 
+// awaitLive asks on the control socket until this host is there and live.
+func awaitLive(t *testing.T, socket, boot string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), starting)
+	defer cancel()
+	client := api.Client{Socket: socket}
+	for {
+		nodes, err := client.Nodes(ctx)
+		if err == nil && len(nodes) == 1 && nodes[0].Live && nodes[0].Boot == boot {
+			return
+		}
+		if ctx.Err() != nil {
+			t.Fatalf("nodes: got %+v, %v", nodes, err)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
 const starting = 10 * time.Second // for the etcd inside, on a busy machine
 
 func TestProcess(t *testing.T) {
@@ -148,14 +168,22 @@ func TestProcess(t *testing.T) {
 	create, remove := `{"Name":"v1","Opts":{"size":"20M"}}`, `{"Name":"v1"}`
 	p.await(t, starting, "/VolumeDriver.Create", create, `{}`)
 	p.await(t, starting, "/VolumeDriver.Create", create, `{}`)
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		t.Fatal(err)
+	}
+	control := filepath.Join(dir, "control.sock")
+	awaitLive(t, control, strings.TrimSpace(string(boot)))
 
 	// kill -9 leaves the socket file, and Docker starts the plugin at once.
 	if err := p.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
 	<-p.ended
-	if _, err := os.Stat(p.socket); err != nil {
-		t.Fatalf("no stale socket to begin with: %v", err)
+	for _, socket := range []string{p.socket, control} {
+		if _, err := os.Stat(socket); err != nil {
+			t.Fatalf("no stale socket to begin with: %v", err)
+		}
 	}
 	p = plugin(t.Context(), dir, etcd).begin(t)
 	p.await(t, time.Second, "/VolumeDriver.Capabilities", "{}\n", `{"Capabilities":{"Scope":"global"}}`)
@@ -163,7 +191,11 @@ func TestProcess(t *testing.T) {
 	if err != nil || !strings.HasPrefix(got, `{"Volume":{"Name":"v1",`) {
 		t.Errorf("after kill -9: got %s, %v, want the volume", got, err)
 	}
+	awaitLive(t, control, strings.TrimSpace(string(boot)))
 	p.stop(t)
+	if _, err := os.Stat(control); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("control socket after the end: got %v, want none", err)
+	}
 
 	// What is known is known without etcd, and at once.
 	broken := filepath.Join(t.TempDir(), "file")

@@ -42,6 +42,8 @@ const (
 	drainReads = 2 * time.Second
 	drainGrace = 6 * time.Second
 	drainLimit = 8 * time.Second
+	// controlGrace is for operators' answers that are being written.
+	controlGrace = 200 * time.Millisecond
 )
 
 const (
@@ -567,6 +569,41 @@ func repeated(body []byte) (key string, found bool) {
 	}
 }
 
+// serveControl answers an operator's requests on a socket of its own until ctx is
+// done. Without it volumes are served all the same: a failure is logged and tried
+// again.
+func serveControl(ctx context.Context, path string, h http.Handler, log *logrus.Entry) {
+	// An error is ctx's end.
+	_, _ = persist(ctx, log, "control socket", func() (struct{}, error) {
+		l, err := listen(ctx, path)
+		if err != nil {
+			return struct{}{}, err
+		}
+		srv := &http.Server{
+			Handler:           h,
+			ReadHeaderTimeout: ioLimit,
+			IdleTimeout:       ioLimit,
+			ErrorLog:          stdlog.New(logWriter{log}, "", 0),
+			BaseContext:       func(net.Listener) context.Context { return ctx },
+		}
+		closed := make(chan struct{})
+		stop := context.AfterFunc(ctx, func() {
+			defer close(closed)
+			end, cancel := context.WithTimeout(context.WithoutCancel(ctx), controlGrace)
+			defer cancel()
+			if srv.Shutdown(end) != nil {
+				_ = srv.Close() // there is nobody to tell
+			}
+		})
+		err = srv.Serve(l)
+		if !stop() {
+			<-closed
+			return struct{}{}, nil
+		}
+		return struct{}{}, errors.Join(err, srv.Close())
+	})
+}
+
 // listen makes the socket file, and its directory, for root alone. It takes the
 // place of a file that a killed process left. Closing the listener removes it.
 func listen(ctx context.Context, path string) (net.Listener, error) {
@@ -596,7 +633,7 @@ func removeStale(ctx context.Context, path string) error {
 		return fmt.Errorf("look at socket: %w", err)
 	}
 	if info.Mode().Type() != fs.ModeSocket {
-		return fmt.Errorf("%s is there and is not a socket: remove it, or set FLOCKER_SOCKET", path)
+		return fmt.Errorf("%s is there and is not a socket: remove it", path)
 	}
 	conn, err := (&net.Dialer{Timeout: time.Second}).DialContext(ctx, "unix", path)
 	if err == nil {

@@ -701,8 +701,96 @@ func TestListen(t *testing.T) {
 	if err := os.WriteFile(path, []byte("precious"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := listen(t.Context(), path); err == nil || err.Error() != path+" is there and is not a socket: remove it, or set FLOCKER_SOCKET" {
+	if _, err := listen(t.Context(), path); err == nil || err.Error() != path+" is there and is not a socket: remove it" {
 		t.Errorf("on a file: got %v", err)
+	}
+}
+
+// A control socket that cannot be made is tried again, and goes with its requests
+// when the plugin ends.
+func TestServeControl(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "state", "control.sock")
+	if err := os.Mkdir(filepath.Dir(path), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	hanging := make(chan struct{})
+	h := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/hang" {
+			close(hanging)
+			<-r.Context().Done()
+		}
+		fmt.Fprint(w, "answer")
+	})
+	client := http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", path)
+	}}}
+	get := func(what string) (string, error) {
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://x"+what, nil)
+		if err != nil {
+			return "", err
+		}
+		resp, err := client.Do(req)
+		if err != nil {
+			return "", err
+		}
+		defer resp.Body.Close()
+		body, err := io.ReadAll(resp.Body)
+		return string(body), err
+	}
+	until := func(what string, so func() bool) {
+		t.Helper()
+		for range 500 {
+			if so() {
+				return
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		t.Fatalf("after five seconds it is not so that %s", what)
+	}
+
+	var out lockedBuffer
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		serveControl(ctx, path, h, newLog(&out, logrus.DebugLevel))
+	}()
+	want := `level=error msg="does not start; trying again" err="` + path + ` is there and is not a socket: remove it" part="control socket"`
+	until("the failure is logged", func() bool { return strings.Contains(out.String(), want) })
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	until("it answers", func() bool {
+		got, err := get("/")
+		return err == nil && got == "answer"
+	})
+	info, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := info.Mode().Perm(); got != 0o600 {
+		t.Errorf("the socket has mode %o, want 600", got)
+	}
+	answered := make(chan error, 1)
+	go func() {
+		_, err := get("/hang")
+		answered <- err
+	}()
+	<-hanging
+	cancel()
+	if err := <-answered; err != nil {
+		t.Errorf("the request that hung: %v", err)
+	}
+	select {
+	case <-ended:
+	case <-time.After(5 * time.Second):
+		t.Fatal("it does not end")
+	}
+	if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("socket after the end: got %v, want none", err)
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -12,6 +13,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/control"
 	"github.com/flocker-plugin/flocker/driver"
 	"github.com/flocker-plugin/flocker/driver/mount"
 	"github.com/flocker-plugin/flocker/driver/ownership"
@@ -96,6 +98,9 @@ func start(ctx context.Context, s settings, srv *server, log *logrus.Entry) {
 			}
 		})
 	}
+	work.Go(func() {
+		serveControl(ctx, filepath.Join(s.StateDir, "control.sock"), control.New(d, owners, log), log)
+	})
 }
 
 // identities asks the storage systems by what names they know this host.
