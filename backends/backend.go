@@ -130,7 +130,8 @@ type Backend interface {
 	Create(ctx context.Context, req CreateRequest) (Volume, error)
 
 	// Delete destroys a volume and its data. ErrNotFound if there is none,
-	// ErrInUse if it is attached anywhere the backend can see.
+	// ErrInUse if it is attached anywhere the backend can see, unless it was cut
+	// off there.
 	Delete(ctx context.Context, ref string) error
 
 	// Get returns one volume. ErrNotFound only if the storage system said so;

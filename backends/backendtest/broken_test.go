@@ -919,6 +919,19 @@ func fencingDefects() []defect {
 				return att, err
 			}
 		}},
+		{name: "delete waits for a node that was cut off", notice: "delete: in use", props: f2, break_: func(b *backend) {
+			b.later(func(*backend, context.Context, backends.Attachment) {})
+			b.remove = func(b *backend, ctx context.Context, ref string) error {
+				vol, err := b.Backend.Get(ctx, ref)
+				if err != nil {
+					return err
+				}
+				if _, ok := b.fenced.Load(note{vol.ID, ""}); ok {
+					return backends.ErrInUse
+				}
+				return b.Backend.Delete(ctx, ref)
+			}
+		}},
 		{name: "detach leaves a device that was cut off", notice: "attachments: got", props: f2, break_: func(b *backend) {
 			b.detach = func(b *backend, ctx context.Context, att backends.Attachment) error {
 				if !slices.Contains(b.m.Attached(att.Volume), att) {

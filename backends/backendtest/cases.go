@@ -75,6 +75,7 @@ func Cases() []Case {
 		{"identity", identityIsTheNodes},
 		{"fence cuts a node off", fenceCutsOff},
 		{"fence lets the cut node detach", fencedNodeDetaches},
+		{"fence lets the taker delete", fencedVolumeIsDeleted},
 		{"fence again", fenceAgain},
 		{"fence spares a younger token", fenceSparesTheYounger},
 		{"fence spares other nodes and volumes", fenceSparesOthers},

@@ -209,6 +209,22 @@ func fencedNodeDetaches(e *env) {
 	}
 }
 
+func fencedVolumeIsDeleted(e *env) {
+	e.fencer("b")
+	a, b := e.node("a"), e.node("b")
+	vol := e.create(a)
+	att := e.attach(a, vol, 10)
+	e.fence("b", e.cut("a", vol, 10))
+	taken := e.attach(b, vol, 11)
+	if err := b.Delete(e.ctx(), vol.Ref); !errors.Is(err, backends.ErrInUse) {
+		e.Errorf("delete while the taker has it: got %v, want ErrInUse", err)
+	}
+	e.detach(b, taken)
+	e.remove(b, vol)
+	e.detach(a, att) // a long time later
+	e.wantAttached(a)
+}
+
 func fenceAgain(e *env) {
 	e.fencer("b")
 	a, b := e.node("a"), e.node("b")
@@ -305,6 +321,7 @@ func fencePreventsAttach(e *env) {
 		}
 		req := e.cut("a", vol, 10)
 		e.fence("b", req)
+		e.fence("c", e.cut("a", vol, 5)) // which takes nothing back
 		for _, token := range []int64{10, 9} {
 			stale, ok := e.staleAttach(vol, token, false)
 			if !ok {

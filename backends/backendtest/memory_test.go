@@ -64,7 +64,7 @@ func TestMemoryFaults(t *testing.T) {
 }
 
 func TestMemoryReboot(t *testing.T) {
-	for class, want := range map[backends.Class]int{backends.ClassNone: 0, backends.ClassExclusive: 1} {
+	for class, want := range map[backends.Class]int{backends.ClassNone: 0, backends.ClassExclusive: 1, backends.ClassFenced: 0} {
 		m := backendtest.NewMemory(backends.Properties{Class: class})
 		b := m.Node("a")
 		vol, err := b.Create(t.Context(), backends.CreateRequest{ID: "id", Size: 1})
@@ -82,6 +82,9 @@ func TestMemoryReboot(t *testing.T) {
 		m.Reboot("a")
 		if got := len(m.Attached("id")); got != want {
 			t.Errorf("class %s: got %d attachments after a reboot, want %d", class, got, want)
+		}
+		if got := m.Accessible("a", att.Device); got != (want == 1) {
+			t.Errorf("class %s: accessible after a reboot: %t", class, got)
 		}
 		if _, err := device.WriteAt([]byte("x"), 0); err == nil {
 			t.Errorf("class %s: a write of before the reboot has come through", class)
@@ -157,39 +160,95 @@ func (s *stored) once(method string, fault backendtest.Fault) {
 
 var nameless = backends.Properties{LateCalls: time.Minute}
 
-// A late Detach without an id takes the attachment that is there when it arrives;
-// one with an id does not.
-func TestMemoryLateDetach(t *testing.T) {
-	for name, props := range map[string]backends.Properties{"with ids": {}, "without": nameless} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				s := newStored(t, props)
-				s.SetHosts(backendtest.Hosts{Rightful: func(att backends.Attachment) bool { return att.Token == 2 }})
-				old, err := s.attach(s.a, 1)
-				if err != nil {
-					t.Fatal(err)
-				}
-				s.once("Detach", backendtest.Fault{Late: 50 * time.Second})
-				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-				defer cancel()
-				if err := s.a.Detach(ctx, old); !errors.Is(err, context.DeadlineExceeded) {
-					t.Errorf("got %v, want the context's end", err)
-				}
-				if err := s.a.Detach(t.Context(), old); err != nil {
-					t.Fatal(err)
-				}
-				_, device := s.use(s.a, 2)
-				time.Sleep(time.Minute)
-				synctest.Wait()
-				harmless := props.LateCalls == 0
-				if got := writable(device); got != harmless {
-					t.Errorf("the new attachment works: %t", got)
-				}
-				if got := len(s.Violations()); (got == 0) != harmless {
-					t.Errorf("got violations %q", s.Violations())
-				}
+// A late call without an id takes the attachment that is there when it arrives; one
+// with an id does not.
+func TestMemoryLateCalls(t *testing.T) {
+	for name, call := range map[string]func(s *stored, ctx context.Context, att backends.Attachment) error{
+		"Detach": func(s *stored, ctx context.Context, att backends.Attachment) error { return s.a.Detach(ctx, att) },
+		"Fence": func(s *stored, ctx context.Context, att backends.Attachment) error {
+			return s.fence(ctx, "a", att.Token)
+		},
+	} {
+		for ids, props := range map[string]backends.Properties{"with ids": {}, "without": nameless} {
+			t.Run(name+" "+ids, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					s := newStored(t, props)
+					s.SetHosts(backendtest.Hosts{Rightful: func(att backends.Attachment) bool { return att.Token == 2 }})
+					old, err := s.attach(s.a, 1)
+					if err != nil {
+						t.Fatal(err)
+					}
+					s.once(name, backendtest.Fault{Late: 50 * time.Second})
+					ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+					defer cancel()
+					if err := call(s, ctx, old); !errors.Is(err, context.DeadlineExceeded) {
+						t.Errorf("got %v, want the context's end", err)
+					}
+					if err := s.a.Detach(t.Context(), old); err != nil {
+						t.Fatal(err)
+					}
+					_, device := s.use(s.a, 2)
+					time.Sleep(time.Minute)
+					synctest.Wait()
+					harmless := props.LateCalls == 0
+					if got := writable(device); got != harmless {
+						t.Errorf("the new attachment works: %t", got)
+					}
+					if got := len(s.Violations()); (got == 0) != harmless {
+						t.Errorf("got violations %q", s.Violations())
+					}
+				})
 			})
-		})
+		}
+	}
+}
+
+// An attachment is another one each time, though node and token are the same.
+func TestMemoryDetachByID(t *testing.T) {
+	for _, props := range []backends.Properties{{}, nameless} {
+		s := newStored(t, props)
+		old, err := s.attach(s.a, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			if err := s.a.Detach(t.Context(), old); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := s.attach(s.a, 1); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := s.a.Detach(t.Context(), old); err != nil {
+			t.Fatal(err)
+		}
+		if got, want := len(s.Attached("id")) == 1, props.LateCalls == 0; got != want {
+			t.Errorf("LateCalls %s: the second attachment is there: %t, want %t", props.LateCalls, got, want)
+		}
+	}
+}
+
+// Another node's attachment can be taken away with Detach in class F1 alone.
+func TestMemoryDetachElsewhere(t *testing.T) {
+	for class, want := range map[backends.Class]error{
+		backends.ClassNone: backends.ErrInvalid, backends.ClassExclusive: nil, backends.ClassFenced: backends.ErrInvalid,
+	} {
+		s := newStored(t, backends.Properties{Class: class})
+		att, device := s.use(s.a, 1)
+		if err := s.b.Detach(t.Context(), att); !errors.Is(err, want) {
+			t.Errorf("class %s: got %v, want %v", class, err, want)
+		}
+		if got := writable(device); got != (want != nil) {
+			t.Errorf("class %s: the device works: %t", class, got)
+		}
+	}
+}
+
+func TestMemoryFenceNeedsIdentity(t *testing.T) {
+	s := newStored(t, backends.Properties{Class: backends.ClassFenced})
+	_, err := s.b.(backends.Fencer).Fence(t.Context(), backends.FenceRequest{Ref: s.vol.Ref, Volume: "id", Node: "a", Token: 1})
+	if want := "fence volume id: the storage system's name of a is not known: invalid"; err == nil || err.Error() != want {
+		t.Errorf("got %v, want %s", err, want)
 	}
 }
 
@@ -206,6 +265,14 @@ func TestMemoryLateIsBounded(t *testing.T) {
 			}
 			if err := s.a.Detach(t.Context(), att); err != nil {
 				t.Fatal(err)
+			}
+			if class == backends.ClassNone { // whose caller has gone: never sent
+				s.once("Attach", backendtest.Fault{Late: time.Hour})
+				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+				defer cancel()
+				if _, err := s.a.Attach(ctx, backends.AttachRequest{Ref: s.vol.Ref, Volume: "id", Token: 1}); !errors.Is(err, context.DeadlineExceeded) {
+					t.Errorf("got %v, want the context's end", err)
+				}
 			}
 			time.Sleep(2 * time.Hour)
 			synctest.Wait()
@@ -305,11 +372,18 @@ func TestMemoryHosts(t *testing.T) {
 		if err := s.a.Detach(t.Context(), att); err != nil {
 			t.Errorf("class %s: %v", class, err)
 		}
-		// Nobody is told of an attachment that was not in use.
-		if _, err := s.attach(s.a, 2); err != nil {
+		// It is no violation to take it from somebody else, and of an attachment that
+		// is not in use nobody is told.
+		_, device := s.use(s.a, 2)
+		if err := s.fence(t.Context(), "a", 2); err != nil || len(pulled) != 2 || len(s.Violations()) != 1 {
+			t.Errorf("class %s: %v, pulled %v, violations %q", class, err, pulled, s.Violations())
+		}
+		_ = device.Close()
+		s.Reboot("a")
+		if _, err := s.attach(s.a, 3); err != nil {
 			t.Fatal(err)
 		}
-		if err := s.fence(t.Context(), "a", 2); err != nil || len(pulled) != 1 || len(s.Violations()) != 1 {
+		if err := s.fence(t.Context(), "a", 3); err != nil || len(pulled) != 2 || len(s.Violations()) != 1 {
 			t.Errorf("class %s: %v, pulled %v, violations %q", class, err, pulled, s.Violations())
 		}
 	}
