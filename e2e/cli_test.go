@@ -12,7 +12,7 @@ import (
 // TestCLI types docker flocker where an operator does.
 func TestCLI(t *testing.T) {
 	onEachEngine(t, func(t *testing.T, engine rig.Engine) {
-		c := newCluster(t, rig.Config{Hosts: 2, Engine: engine}, nil)
+		c := newCluster(t, rig.Config{Hosts: 2, Engine: engine}, map[string]string{"FLOCKER_NODE_TTL": "4s", "FLOCKER_NODE_RENEW": "1s"})
 		first, second := c.Hosts[0], c.Hosts[1]
 		ls := func(h *rig.Host) map[string][]string {
 			t.Helper()
@@ -60,6 +60,33 @@ func TestCLI(t *testing.T) {
 			t.Errorf("host1 is %q after all was refused", got)
 		}
 
+		// A host is switched off, and nobody but an operator can tell.
+		first.Run(t, "exec", "holder", "sh", "-c", "echo survives | dd of=/data/note conv=fsync 2>/dev/null")
+		if err := first.Kill(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		states := func(host, want string) func() bool {
+			return func() bool {
+				return strings.Contains(second.Run(t, "flocker", "node", "ls"), "\n"+host+"   "+want)
+			}
+		}
+		eventually(t, "host1 is silent", states("host1", "silent "))
+		boot := ids["host1"][2]
+		if got, want := second.Run(t, "flocker", "node", "confirm-dead", "host1", "--because", "the test has switched it off"),
+			"host host1 (boot "+boot+") is recorded as dead. Its volumes can be mounted on other hosts now: db.\n"; !strings.HasPrefix(got, want) {
+			t.Errorf("confirm-dead says %q, want %q", got, want)
+		}
+		if !states("host1", "declared dead   1 ")() {
+			t.Errorf("host1 is not declared dead:\n%s", second.Run(t, "flocker", "node", "ls"))
+		}
+		if got := sh(t, second, "db", "cat /data/note"); got != "survives" {
+			t.Errorf("host2 reads %q, want %q", got, "survives")
+		}
+		if err := first.Boot(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "host1 is an ordinary host again", states("host1", "live    0 "))
+
 		// The socket is root's, and goes and comes with the plugin.
 		socket := "/var/lib/flocker/control.sock"
 		if got, err := first.Exec(t.Context(), "stat", "-c", "%a %U %F", socket); err != nil || got != "600 root socket" {
@@ -74,6 +101,7 @@ func TestCLI(t *testing.T) {
 		})
 		first.Run(t, "rm", "-f", "holder")
 		first.Run(t, "volume", "rm", "db")
+		c.wantClean(t)
 		first.Run(t, "plugin", "disable", "--force", "flocker")
 		refused(t, first, "no Flocker plugin answers on ", "flocker", "node", "ls")
 	})
