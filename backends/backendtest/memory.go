@@ -120,8 +120,10 @@ type Hosts struct {
 	// volume's owner at this moment: to take the device away from it while it is in
 	// use is a violation.
 	Rightful func(att backends.Attachment) bool
-	// Pulled hears of each device that was taken away, or cut off, while it was in
-	// use: nothing that node writes arrives any more.
+	// Attached hears of each device that begins to work.
+	Attached func(att backends.Attachment)
+	// Pulled hears of each device that works no more, unless its own node has
+	// detached it when it was not in use: nothing written to it arrives any more.
 	Pulled func(att backends.Attachment)
 }
 
@@ -272,14 +274,12 @@ func (m *Memory) pull(att *memoryAttachment, call Call) {
 		return
 	}
 	m.end(att) // first, so that no host begins to use it after it was asked
-	if !m.inUse(att) {
-		return
-	}
-	if m.hosts.Rightful != nil && m.hosts.Rightful(att.Attachment) {
+	used := m.inUse(att)
+	if used && m.hosts.Rightful != nil && m.hosts.Rightful(att.Attachment) {
 		m.violations = append(m.violations, fmt.Sprintf("volume %s was taken away from its owner %s (token %d) while in use, by a %s of %s",
 			att.Volume, att.Node, att.Token, call.Method, call.Node))
 	}
-	if m.hosts.Pulled != nil {
+	if m.hosts.Pulled != nil && (used || call.Node != att.Node) {
 		m.hosts.Pulled(att.Attachment)
 	}
 }
@@ -523,6 +523,9 @@ func (n *memoryNode) Attach(ctx context.Context, req backends.AttachRequest) (ba
 		}
 		v.attached[n.node] = &memoryAttachment{Attachment: att}
 		n.m.access.Store(memoryPath{n.node, att.Device}, struct{}{})
+		if n.m.hosts.Attached != nil {
+			n.m.hosts.Attached(att)
+		}
 		return att, nil
 	})
 }

@@ -340,17 +340,22 @@ func TestMemoryInject(t *testing.T) {
 func TestMemoryHosts(t *testing.T) {
 	for _, class := range []backends.Class{backends.ClassExclusive, backends.ClassFenced} {
 		s := newStored(t, backends.Properties{Class: class})
-		mounted, pulled := true, []backends.Attachment(nil)
+		var began, pulled []backends.Attachment
+		mounted := true
 		s.SetHosts(backendtest.Hosts{
 			InUse: func(node, device string) bool {
 				return node == "a" && device == backendtest.DevicePrefix+s.vol.Ref && mounted
 			},
 			Rightful: func(att backends.Attachment) bool { return att.Token == 1 },
+			Attached: func(att backends.Attachment) { began = append(began, att) },
 			Pulled:   func(att backends.Attachment) { pulled = append(pulled, att) },
 		})
 		att, err := s.attach(s.a, 1)
 		if err != nil {
 			t.Fatal(err)
+		}
+		if again, err := s.attach(s.a, 1); err != nil || again != att || len(began) != 1 || began[0] != att {
+			t.Errorf("class %s: attached %v, %v; heard of %v", class, again, err, began)
 		}
 		if err := s.a.Detach(t.Context(), att); !errors.Is(err, backends.ErrInUse) {
 			t.Errorf("class %s: detach while mounted: got %v, want ErrInUse", class, err)
@@ -372,18 +377,32 @@ func TestMemoryHosts(t *testing.T) {
 		if err := s.a.Detach(t.Context(), att); err != nil {
 			t.Errorf("class %s: %v", class, err)
 		}
-		// It is no violation to take it from somebody else, and of an attachment that
-		// is not in use nobody is told.
+		// It is no violation to take it from somebody else,
 		_, device := s.use(s.a, 2)
 		if err := s.fence(t.Context(), "a", 2); err != nil || len(pulled) != 2 || len(s.Violations()) != 1 {
 			t.Errorf("class %s: %v, pulled %v, violations %q", class, err, pulled, s.Violations())
 		}
 		_ = device.Close()
 		s.Reboot("a")
-		if _, err := s.attach(s.a, 3); err != nil {
+		// nor from the owner while it is not in use,
+		s.SetHosts(backendtest.Hosts{
+			Rightful: func(backends.Attachment) bool { return true },
+			Pulled:   func(att backends.Attachment) { pulled = append(pulled, att) },
+		})
+		if att, err = s.attach(s.a, 3); err != nil {
 			t.Fatal(err)
 		}
-		if err := s.fence(t.Context(), "a", 3); err != nil || len(pulled) != 2 || len(s.Violations()) != 1 {
+		if err := s.fence(t.Context(), "a", 3); err != nil || len(pulled) != 3 || len(s.Violations()) != 1 {
+			t.Errorf("class %s: %v, pulled %v, violations %q", class, err, pulled, s.Violations())
+		}
+		// and a Detach is nothing to hear of.
+		if err := s.a.Detach(t.Context(), att); err != nil {
+			t.Fatal(err)
+		}
+		if att, err = s.attach(s.a, 4); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.a.Detach(t.Context(), att); err != nil || len(pulled) != 3 || len(s.Violations()) != 1 {
 			t.Errorf("class %s: %v, pulled %v, violations %q", class, err, pulled, s.Violations())
 		}
 	}
