@@ -83,7 +83,7 @@ func (m *Map) Nodes(ctx context.Context) ([]NodeStatus, error) {
 		if d, err := decodeDeath(kv); err != nil {
 			m.broken(err)
 		} else {
-			deaths[kv.Key] = &d.Death
+			deaths[kv.Key] = &d
 		}
 	}
 	var nodes []NodeStatus
@@ -121,7 +121,7 @@ func (m *Map) Died(ctx context.Context, nid, boot string) (*Death, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &d.Death, nil
+	return &d, nil
 }
 
 // DeclareDead records that a host is dead, under the boot id it registered with
@@ -146,8 +146,7 @@ func (m *Map) DeclareDead(ctx context.Context, host string, d Death) (Death, err
 		}
 		d.Node, d.Host, d.Boot = node.ID, node.Host, node.Boot
 		key, live := m.fence(d.Node, d.Boot), m.live(d.Node)
-		reads := []Op{get(key), get(live)}
-		res, err := m.read(ctx, reads...)
+		res, err := m.read(ctx, get(key), get(live))
 		if err != nil {
 			return Death{}, err
 		}
@@ -158,18 +157,16 @@ func (m *Map) DeclareDead(ctx context.Context, host string, d Death) (Death, err
 				return Death{}, err
 			}
 			if is.Forced || !d.Forced {
-				return is.Death, nil
+				return is, nil
 			}
 		}
 		if res.kv(1) != nil && !d.Forced {
 			return Death{}, &LiveError{Host: d.Host}
 		}
-		value := deathValue{Death: d, Op: newOp()}
 		txn := Txn{
 			If: []Cmp{mod(m.node(d.Node), revision), mod(key, revisionOf(old))},
-			Then: append([]Op{put(key, encode(value))},
-				m.audit(auditLine{What: "declared dead", To: d.Node, Detail: d.String(), Op: value.Op})...),
-			Else: reads,
+			Then: append([]Op{put(key, encode(d))},
+				m.audit(auditLine{What: "declared dead", To: d.Node, Detail: d.String(), Op: newOp()})...),
 		}
 		if !d.Forced {
 			txn.If = append(txn.If, none(live))
@@ -177,17 +174,15 @@ func (m *Map) DeclareDead(ctx context.Context, host string, d Death) (Death, err
 		if res, err = m.write(ctx, txn); err != nil {
 			return Death{}, err
 		}
-		switch {
-		case res.Succeeded:
+		if res.Succeeded {
 			d.Revision = res.Revision
 			return d, nil
-		case carries(res.kv(0), value.Op, decodeDeath, func(v deathValue) string { return v.Op }):
-			d.Revision = res.kv(0).ModRevision
-			return d, nil
-		case try == tries:
+		}
+		if try == tries {
 			return Death{}, fmt.Errorf("declare host %s dead: %w", d.Host, ErrConflict)
 		}
-		// It has registered meanwhile, or somebody else declares it dead.
+		// It has registered meanwhile, or is declared dead: by another, or by an earlier
+		// send of this.
 	}
 }
 
@@ -234,7 +229,7 @@ func (m *Map) acquit(ctx context.Context, declared KV) error {
 		return fmt.Errorf("%s; it does not register again", death)
 	}
 	m.log.Warnf("%s: it gives up all its volumes", death)
-	if err := m.cfg.Condemned(ctx, death.Death); err != nil {
+	if err := m.cfg.Condemned(ctx, death); err != nil {
 		return fmt.Errorf("%s, and has not yet given up its volumes: %w", death, err)
 	}
 	res, err := m.write(ctx, Txn{

@@ -89,7 +89,7 @@ func target(from Owner) Pending {
 // seized says whether own is what a Seize by this process from that owner left:
 // an earlier one may have been applied although it failed.
 func (m *Map) seized(from Owner, own *KV) (Owner, bool) {
-	if own == nil || own.ModRevision <= from.Token {
+	if own == nil {
 		return Owner{}, false
 	}
 	now, err := decodeOwner(*own)

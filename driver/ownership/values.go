@@ -35,12 +35,6 @@ type nameValue struct {
 	Op     string `json:"op"`
 }
 
-// deathValue is the value of fence/<nid>/<boot>.
-type deathValue struct {
-	Death
-	Op string `json:"op"`
-}
-
 // auditLine is the value of ev/<hour>/<nid>/<n>.
 type auditLine struct {
 	At     time.Time `json:"at"`
@@ -169,8 +163,8 @@ func decodeAlive(kv KV) (alive, error) {
 	})
 }
 
-func decodeDeath(kv KV) (deathValue, error) {
-	return decode(kv, func(d *deathValue) error {
+func decodeDeath(kv KV) (Death, error) {
+	return decode(kv, func(d *Death) error {
 		nid := last(strings.TrimSuffix(kv.Key, "/"+last(kv.Key)))
 		if d.Boot != last(kv.Key) || d.Node != nid {
 			return errors.New("node and boot are not those of the key")

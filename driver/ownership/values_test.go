@@ -92,13 +92,13 @@ func FuzzName(f *testing.F) {
 }
 
 func FuzzDeath(f *testing.F) {
-	fuzz(f, "/p/v1/fence/a/b", func(kv KV) (deathValue, error) {
+	fuzz(f, "/p/v1/fence/a/b", func(kv KV) (Death, error) {
 		d, err := decodeDeath(kv)
 		if err == nil && (d.Node != "a" || d.Boot != "b" || d.Revision != 7) {
 			return d, errors.New("accepted a death that is none")
 		}
 		return d, err
-	}, `{"node":"a","host":"h","boot":"b","method":"operator","evidence":"off","by":"root","at":"2026-01-02T03:04:05Z","forced":true,"op":"o"}`,
+	}, `{"node":"a","host":"h","boot":"b","method":"operator","evidence":"off","by":"root","at":"2026-01-02T03:04:05Z","forced":true}`,
 		`{"node":"a"}`, `{"node":"b","boot":"a"}`, `{"node":"a","boot":"b","at":1}`)
 }
 
@@ -127,9 +127,9 @@ func TestOtherVersions(t *testing.T) {
 	n, err = decodeNode(kv("/node/a", `{"id":"a","future":[{}],"identities":{"x":"y"}}`))
 	want("newer node", n, Node{ID: "a", Identities: map[string]string{"x": "y"}}, err)
 	d, err := decodeDeath(kv("/fence/a/b", `{"node":"a","boot":"b"}`))
-	want("older death", d.Death, Death{Node: "a", Boot: "b", Revision: 7}, err)
+	want("older death", d, Death{Node: "a", Boot: "b", Revision: 7}, err)
 	d, err = decodeDeath(kv("/fence/a/b", `{"node":"a","boot":"b","forced":true,"future":null}`))
-	want("newer death", d.Death, Death{Node: "a", Boot: "b", Forced: true, Revision: 7}, err)
+	want("newer death", d, Death{Node: "a", Boot: "b", Forced: true, Revision: 7}, err)
 	m, err := decodeMeta(kv("/meta", `{"cluster":"c","gen":4,"schema":1,"future":""}`))
 	want("newer meta", m, meta{Cluster: "c", Gen: 4, Schema: 1, revision: 7}, err)
 

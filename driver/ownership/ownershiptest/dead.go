@@ -138,18 +138,37 @@ func declareDeadAmbiguous(r *rig) {
 func declareDeadMeanwhile(r *rig) {
 	a, b := r.node("a"), r.node("b")
 	a.dies()
-	b.meanwhile(func() { a = r.node("a") })
-	_, err := b.DeclareDead(r.Context(), "a", ownership.Death{})
-	if _, ok := errors.AsType[*ownership.LiveError](err); !ok {
-		r.Errorf("got error %v, want a LiveError", err)
+	refused := func() {
+		r.Helper()
+		_, err := b.DeclareDead(r.Context(), "a", ownership.Death{})
+		if _, ok := errors.AsType[*ownership.LiveError](err); !ok {
+			r.Errorf("got error %v, want a LiveError", err)
+		}
 	}
+	b.meanwhile(func() { a = r.node("a") })
+	refused()
 	a.dies()
+	b.meanwhile(func() { r.put(`{"id":"a"}`, "live", "a") })
+	refused()
+	r.txn(ownership.Txn{Then: []ownership.Op{{Kind: ownership.OpDelete, Key: r.key("live", "a")}}})
 	// Restarted since, it is the next boot that is declared; the old one is not.
 	b.meanwhile(func() { r.join30(restarted("a")).dies() })
 	d, err := b.DeclareDead(r.Context(), "a", ownership.Death{})
 	r.ok(err)
 	if d.Boot != "boot-a-2" || len(r.keys("fence", "")) != 1 {
 		r.Errorf("declared %+v, there are %d declarations", d, len(r.keys("fence", "")))
+	}
+	// What another one says counts, too.
+	r.node("c").dies()
+	other := r.node("other")
+	b.meanwhile(func() {
+		_, err := other.DeclareDead(r.Context(), "c", ownership.Death{Forced: true, By: "other"})
+		r.ok(err)
+	})
+	d, err = b.DeclareDead(r.Context(), "c", ownership.Death{By: "b"})
+	r.ok(err)
+	if !d.Forced || d.By != "other" {
+		r.Errorf("declared %+v, want what the other one said", d)
 	}
 }
 

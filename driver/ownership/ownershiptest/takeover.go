@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
+	"strings"
 	"sync"
 	"time"
 
@@ -85,6 +86,9 @@ func (r *rig) line(what, vid string) map[string]any {
 
 func seize(r *rig) {
 	a, b := r.join30(named("a")), r.join30(named("b"))
+	if live := string(r.keys("live", "a")[0].Value); strings.Contains(live, "i-a") {
+		r.Errorf("every node's watch is told the identities: %s", live)
+	}
 	v := a.volume("v")
 	o := a.claim(v.ID)
 	_, _, err := b.Seize(r.Context(), o, ownership.GroundsSilent)
@@ -176,7 +180,8 @@ func seizeAmbiguous(r *rig) {
 // A takeover whose every answer was lost is found by the next attempt, and by no
 // other node.
 func seizeLate(r *rig) {
-	a, b, c := r.node("a"), r.node("b"), r.node("c")
+	a, b := r.node("a"), r.node("b")
+	c := r.join30(ownership.Node{ID: "c", Host: "host-c", Boot: "boot-b"}) // a namespace on the same host
 	v := a.volume("v")
 	o := a.claim(v.ID)
 	a.dies()
@@ -236,7 +241,7 @@ func seizeRace(r *rig) {
 
 // What the owner does between the decision and the record of it counts.
 func seizeMeanwhile(r *rig) {
-	b := r.node("b")
+	b, other := r.node("b"), r.node("other")
 	for id, c := range map[string]struct {
 		grounds ownership.Grounds
 		then    func(id string, o ownership.Owner)
@@ -247,6 +252,7 @@ func seizeMeanwhile(r *rig) {
 		"back-just-now": {ownership.GroundsSilent, func(id string, _ ownership.Owner) {
 			r.put(`{"id":"`+id+`"}`, "live", id)
 		}, "is live"},
+		"taken": {ownership.GroundsSilent, func(_ string, o ownership.Owner) { other.seize(o, ownership.GroundsSilent) }, "changed by another node"},
 		"retaken": {ownership.GroundsSilent, func(id string, o ownership.Owner) {
 			_, _, err := r.join30(named(id)).Retake(r.Context(), o)
 			r.ok(err)
@@ -278,8 +284,8 @@ func seizeMeanwhile(r *rig) {
 		b.bad.Inject(nil)
 		r.is(err, ownership.ErrConflict)
 		r.says(err, c.want)
-		if now := r.owner(v.ID); now != nil && now.Node != id {
-			r.Errorf("%s: owner is %+v", id, now)
+		if now := r.owner(v.ID); now != nil && now.Node == "b" {
+			r.Errorf("%s: taken over", id)
 		}
 	}
 }
