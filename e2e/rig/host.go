@@ -251,11 +251,15 @@ func (h *Host) Cut(ctx context.Context, from string) error {
 	if addrs[from] == nil {
 		return fmt.Errorf("cut %s: from etcd or from storage, not from %q", h.Name, from)
 	}
-	script := "iptables -w -N cut && iptables -w -I INPUT -j cut && iptables -w -I OUTPUT -j cut || true\n"
-	for _, addr := range addrs[from] {
-		script += "iptables -w -A cut -s " + addr + " -j DROP; iptables -w -A cut -d " + addr + " -j DROP\n"
-	}
-	return h.m.inNet(ctx, "sh", "-ec", script)
+	return h.m.inNet(ctx, append([]string{"sh", "-ec", `
+		if iptables -w -N cut 2>/dev/null; then
+			iptables -w -I INPUT -j cut
+			iptables -w -I OUTPUT -j cut
+		fi
+		for addr; do
+			iptables -w -A cut -s $addr -j DROP
+			iptables -w -A cut -d $addr -j DROP
+		done`, "sh"}, addrs[from]...)...)
 }
 
 // Heal plugs the host's network cable in again, and undoes every Cut.

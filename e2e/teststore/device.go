@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -157,8 +156,7 @@ func startFuse(ctx context.Context, file, url string) (*os.Process, error) {
 	const forever = "315360000"
 	// It outlives this initiator, and a terminal's interrupt.
 	cmd := exec.Command("nbdfuse", "-o", "attr_timeout="+forever+",entry_timeout="+forever, file, url) //nolint:noctx // it outlives the call
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
+	cmd.Stderr = os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Start(); err != nil {
 		return nil, err
@@ -174,7 +172,7 @@ func startFuse(ctx context.Context, file, url string) (*os.Process, error) {
 		}
 		select {
 		case <-ended:
-			return nil, fmt.Errorf("nbdfuse: %s", strings.TrimSpace(stderr.String()))
+			return nil, errors.New("nbdfuse has ended; the initiator's log says why")
 		case <-ctx.Done():
 			return cmd.Process, fmt.Errorf("nbdfuse: %w", context.Cause(ctx))
 		case <-time.After(2 * time.Millisecond):

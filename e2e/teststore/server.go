@@ -70,7 +70,7 @@ func (s *server) adopt() error {
 		if v.record != nil {
 			granted = slices.IndexFunc(v.record.Grants, func(g teststore.Grant) bool { return g.ID == se.grant })
 		}
-		if granted < 0 {
+		if granted < 0 || v.sessions[se.grant] != nil {
 			if err := se.end(); err != nil {
 				return err
 			}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -34,7 +35,7 @@ type session struct {
 
 // startSession starts a data server. It is told its socket, which listens already,
 // as service managers do: then it need not be waited for.
-func startSession(data, host, ref, grant string) (*session, error) {
+func startSession(dir, host, ref, grant string) (*session, error) {
 	l, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.ParseIP(host)})
 	if err != nil {
 		return nil, err
@@ -45,18 +46,34 @@ func startSession(data, host, ref, grant string) (*session, error) {
 		return nil, err
 	}
 	defer socket.Close()
-	se := &session{ref: ref, grant: grant, address: l.Addr().String()}
-	// It outlives this server, and a terminal's interrupt.
-	cmd := exec.Command("sh", "-c", `export LISTEN_FDS=1 LISTEN_PID=$$; exec "$@"`, "sh", //nolint:noctx // it outlives the call
-		"nbdkit", "--foreground", "--filter=exportname", "file", data, exportArg+grant, "exportname-strict=true")
+	// Not this server's child, and not before the shell between them has ended: nbdkit
+	// would end with its parent, asked for or not.
+	const script, orphan = `PARENT=$$ sh -c "$0" "$@" &`, `
+		while read -r _ _ _ parent _ </proc/$$/stat && [ "$parent" = "$PARENT" ]; do :; done
+		echo $$
+		export LISTEN_FDS=1 LISTEN_PID=$$
+		exec "$0" "$@" >/dev/null`
+	cmd := exec.Command("sh", "-c", script, orphan, //nolint:noctx // it outlives the call
+		"nbdkit", "--foreground", "--filter=exportname", "file", filepath.Join(dir, ref, "data"), exportArg+grant, "exportname-strict=true")
 	cmd.ExtraFiles = []*os.File{socket}
 	cmd.Stderr = os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, PidFD: &se.pidfd}
-	if err := cmd.Start(); err != nil {
-		return nil, err
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a terminal's interrupt does not reach it
+	out, err := cmd.Output()
+	if err != nil {
+		return nil, fmt.Errorf("start a data server: %w", err)
 	}
-	se.pid = cmd.Process.Pid
-	go func() { _ = cmd.Wait() }() // it is killed, or says what is wrong itself
+	pid, err := strconv.Atoi(strings.TrimSpace(string(out)))
+	if err != nil {
+		return nil, fmt.Errorf("start a data server: %w", err)
+	}
+	se, err := openSession(pid, dir)
+	if err == nil && (se == nil || se.grant != grant) {
+		err = errors.New("it has ended; the server's log says why")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("start a data server: %w", err)
+	}
+	se.address = l.Addr().String()
 	return se, nil
 }
 
@@ -64,37 +81,51 @@ const exportArg = "exportname="
 
 // findSessions returns the data servers of volumes below dir, from /proc.
 func findSessions(dir string) ([]*session, error) {
-	processes, err := filepath.Glob("/proc/[0-9]*")
+	entries, err := os.ReadDir("/proc")
 	if err != nil {
 		return nil, err
 	}
 	var found []*session
-	for _, path := range processes {
-		ref, grant := sessionOf(path, dir)
-		if grant == "" {
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil {
 			continue
 		}
-		pid, err := strconv.Atoi(filepath.Base(path))
+		if _, grant := sessionOf(pid, dir); grant == "" {
+			continue
+		}
+		se, err := openSession(pid, dir)
 		if err != nil {
 			return nil, err
 		}
-		pidfd, err := unix.PidfdOpen(pid, 0)
-		if err != nil {
-			continue // it has just ended
+		if se != nil {
+			found = append(found, se)
 		}
-		// Again, now that the number cannot become another process's.
-		if r, g := sessionOf(path, dir); r != ref || g != grant {
-			_ = unix.Close(pidfd)
-			continue
-		}
-		found = append(found, &session{ref: ref, grant: grant, pid: pid, pidfd: pidfd})
 	}
 	return found, nil
 }
 
+// openSession returns a process as a data server below dir; nil if it is none, or
+// has ended.
+func openSession(pid int, dir string) (*session, error) {
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	if err == unix.ESRCH {
+		return nil, nil //nolint:nilnil // it has just ended
+	}
+	if err != nil {
+		return nil, os.NewSyscallError("pidfd_open", err)
+	}
+	// Now the number cannot become another process's.
+	ref, grant := sessionOf(pid, dir)
+	if grant == "" {
+		return nil, unix.Close(pidfd)
+	}
+	return &session{ref: ref, grant: grant, pid: pid, pidfd: pidfd}, nil
+}
+
 // sessionOf reads from a process's arguments whether it is a data server below dir.
-func sessionOf(process, dir string) (ref, grant string) {
-	args, err := os.ReadFile(process + "/cmdline")
+func sessionOf(pid int, dir string) (ref, grant string) {
+	args, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
 	if err != nil {
 		return "", ""
 	}

@@ -229,7 +229,7 @@ func (v *volume) login(req teststore.Request, host string) (*session, error) {
 		}
 		delete(v.sessions, req.Grant)
 	}
-	se, err := startSession(v.dataPath(), host, v.record.Ref, req.Grant)
+	se, err := startSession(filepath.Dir(v.dir), host, v.record.Ref, req.Grant)
 	if err != nil {
 		return nil, backends.Classify(backends.ErrUnavailable, err)
 	}
