@@ -108,7 +108,7 @@ func checkImage(t *testing.T, image, witnessDir string) (verified int, found []h
 // A seed is a plan, and another seed another one.
 func TestPlan(t *testing.T) {
 	steps := func(seed uint64) string {
-		p, err := newPlan(seed, nil)
+		p, err := newPlan(seed, nil, true)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -134,10 +134,10 @@ func TestPlan(t *testing.T) {
 	if steps(2) == first {
 		t.Error("two seeds give one plan")
 	}
-	if _, err := newPlan(1, []string{"flood"}); err == nil || err.Error() != `there is no fault "flood"; -list shows them` {
+	if _, err := newPlan(1, []string{"flood"}, false); err == nil || err.Error() != `there is no fault "flood"; -list shows them` {
 		t.Errorf("a fault that does not exist gives %v", err)
 	}
-	if p, err := newPlan(1, []string{"host killed"}); err != nil || p.next().name != "host killed" {
+	if p, err := newPlan(1, []string{"host killed"}, false); err != nil || p.next().name != "host killed" {
 		t.Errorf("a plan of one fault: %v, %v", p, err)
 	}
 }

@@ -5,7 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -14,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/flocker-plugin/flocker/backends/teststore"
 	"github.com/flocker-plugin/flocker/e2e/chaos/history"
 	"github.com/flocker-plugin/flocker/e2e/rig"
 )
@@ -24,6 +27,8 @@ type fault struct {
 	// weight is how often it is chosen, beside the others.
 	weight int
 	where  place
+	// storage is set for what only the test storage can do.
+	storage bool
 	// least and most are how long it lasts; 0 for what is over at once.
 	least, most time.Duration
 	// inject does it, and sets what repairs it as soon as there is something to
@@ -39,6 +44,7 @@ const (
 	onService              // a volume's service, whatever its host does
 	onHost                 // a host, and with preference one that writes
 	onEtcd                 // a member of etcd
+	onStorage              // the test storage
 )
 
 // faults is every fault there is.
@@ -77,7 +83,31 @@ var faults = []*fault{
 	},
 	{
 		name: "host cut off from etcd", help: "packets to etcd are dropped, all else works", weight: 2, where: onHost,
-		least: time.Second, most: 45 * time.Second, inject: cutOffEtcd,
+		least: time.Second, most: 45 * time.Second, inject: cutOff("etcd"),
+	},
+	{
+		name: "host cut off from storage", help: "packets to the test storage are dropped, all else works", weight: 2, where: onHost, storage: true,
+		least: time.Second, most: 45 * time.Second, inject: cutOff("storage"),
+	},
+	{
+		name: "initiator killed", help: "SIGKILL for what makes a host's devices of the test storage", weight: 1, where: onHost, storage: true,
+		least: 0, most: 20 * time.Second, inject: killInitiator,
+	},
+	{
+		name: "storage server killed", help: "nothing can be attached, detached or fenced; data is served on", weight: 1, where: onStorage, storage: true,
+		least: time.Second, most: 20 * time.Second, inject: killStorage,
+	},
+	{
+		name: "storage slow", help: "each read and write takes 0.1 s longer", weight: 1, where: onStorage, storage: true,
+		least: 2 * time.Second, most: 20 * time.Second, inject: slowStorage,
+	},
+	{
+		name: "storage hangs", help: "reads and writes of a volume are not answered", weight: 1, where: onStorage, storage: true,
+		least: time.Second, most: 25 * time.Second, inject: hangStorage,
+	},
+	{
+		name: "storage calls late", help: "every other call takes effect up to 6 s after its caller has gone, or loses its reply", weight: 2, where: onStorage, storage: true,
+		least: 5 * time.Second, most: 30 * time.Second, inject: lateStorage,
 	},
 	{
 		name: "etcd member killed", help: "SIGKILL for one of three", weight: 1, where: onEtcd,
@@ -225,11 +255,16 @@ func declareDead(ctx context.Context, r *run, dead *rig.Host) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	for {
-		_, err := r.manage(ctx, "flocker", "node", "confirm-dead", dead.Name, "--because", "chaos has switched it off")
-		if err == nil {
-			r.say("the operator declares %s dead", dead.Name)
-			r.declared++
-			return nil
+		var err error
+		for _, h := range r.rig.Hosts {
+			if r.isBroken(h) {
+				continue
+			}
+			if _, err = h.Docker(ctx, "flocker", "node", "confirm-dead", dead.Name, "--because", "chaos has switched it off"); err == nil {
+				r.say("the operator declares %s dead", dead.Name)
+				r.declared++
+				return nil
+			}
 		}
 		if sleep(ctx, time.Second) != nil {
 			return fmt.Errorf("declare %s dead: %w", dead.Name, err)
@@ -259,7 +294,9 @@ func cutPower(ctx context.Context, r *run, i *injected) error {
 }
 
 // loseCaches has the kernel forget what it has not written to the volumes mounted on
-// a host: from now on nothing reaches them.
+// a host: from now on nothing reaches them. Those of the test storage need no help,
+// because what takes their data to the server dies with the host; stopped as it is,
+// they would only hang.
 func loseCaches(h *rig.Host) error {
 	pid, err := h.PluginPID()
 	if err != nil {
@@ -271,10 +308,16 @@ func loseCaches(h *rig.Host) error {
 	}
 	var errs []error
 	for line := range strings.Lines(string(mounts)) {
-		fields := strings.Fields(line)
-		if len(fields) > 4 && strings.HasPrefix(fields[4], "/flocker/mnt/") {
-			errs = append(errs, shutdown(fmt.Sprintf("/proc/%d/root%s", pid, fields[4])))
+		mount, device, _ := strings.Cut(line, " - ")
+		fields, source := strings.Fields(mount), strings.Fields(device)
+		if len(fields) < 5 || len(source) < 2 || !strings.HasPrefix(fields[4], "/flocker/mnt/") {
+			continue
 		}
+		file, err := os.ReadFile("/sys/block/" + filepath.Base(source[1]) + "/loop/backing_file")
+		if err == nil && strings.HasSuffix(strings.TrimSpace(string(file)), ".img") {
+			err = shutdown(fmt.Sprintf("/proc/%d/root%s", pid, fields[4]))
+		}
+		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
 }
@@ -307,15 +350,11 @@ func partitionHost(ctx context.Context, _ *run, _ step, i *injected) error {
 	return i.host.Partition(ctx)
 }
 
-func cutOffEtcd(ctx context.Context, _ *run, _ step, i *injected) error {
-	rule := func(ctx context.Context, what string) error {
-		ctx, cancel := context.WithTimeout(ctx, brief)
-		defer cancel()
-		_, err := i.host.Exec(ctx, "iptables", what, "OUTPUT", "-p", "tcp", "--dport", "2379", "-j", "DROP")
-		return err
+func cutOff(from string) func(ctx context.Context, r *run, s step, i *injected) error {
+	return func(ctx context.Context, _ *run, _ step, i *injected) error {
+		i.undo = i.host.Heal
+		return i.host.Cut(ctx, from)
 	}
-	i.undo = func(ctx context.Context) error { return rule(ctx, "-D") }
-	return rule(ctx, "-I")
 }
 
 func killEtcd(ctx context.Context, r *run, s step, i *injected) error {
@@ -348,4 +387,78 @@ func pauseAllEtcd(_ context.Context, r *run, _ step, i *injected) error {
 	}
 	i.undo = func(context.Context) error { return each(r.rig.ResumeEtcd) }
 	return each(r.rig.PauseEtcd)
+}
+
+func killInitiator(ctx context.Context, _ *run, _ step, i *injected) error {
+	ctx, cancel := context.WithTimeout(ctx, brief)
+	defer cancel()
+	i.undo = func(ctx context.Context) error {
+		if err := i.host.KillInitiator(ctx); err != nil { // a former try's
+			return err
+		}
+		return i.host.StartInitiator(ctx)
+	}
+	return i.host.KillInitiator(ctx)
+}
+
+func killStorage(ctx context.Context, r *run, _ step, i *injected) error {
+	ctx, cancel := context.WithTimeout(ctx, brief)
+	defer cancel()
+	i.undo = func(ctx context.Context) error {
+		if err := r.store.KillServer(ctx); err != nil { // a former try's
+			return err
+		}
+		return r.store.StartServer(ctx)
+	}
+	return r.store.KillServer(ctx)
+}
+
+// storageFaults sets what goes wrong in the test storage until it is repaired.
+func storageFaults(ctx context.Context, r *run, i *injected, calls []teststore.Fault, data []teststore.DataFault) error {
+	set := func(ctx context.Context, calls []teststore.Fault, data []teststore.DataFault) error {
+		ctx, cancel := context.WithTimeout(ctx, brief)
+		defer cancel()
+		_, err := r.store.SetFaults(ctx, calls, data)
+		return err
+	}
+	i.undo = func(ctx context.Context) error { return set(ctx, nil, nil) }
+	return set(ctx, calls, data)
+}
+
+func slowStorage(ctx context.Context, r *run, _ step, i *injected) error {
+	return storageFaults(ctx, r, i, nil, []teststore.DataFault{{Slow: 100 * time.Millisecond}})
+}
+
+func hangStorage(ctx context.Context, r *run, s step, i *injected) error {
+	grants, err := r.store.Server().Call(ctx, teststore.OpGrants, teststore.Request{})
+	if err != nil {
+		return err
+	}
+	if len(grants.Grants) == 0 {
+		return errors.New("no volume is attached")
+	}
+	ref := grants.Grants[s.pick%uint64(len(grants.Grants))].Ref
+	i.what = ref
+	return storageFaults(ctx, r, i, nil, []teststore.DataFault{{Ref: ref, Hang: true}})
+}
+
+func lateStorage(ctx context.Context, r *run, s step, i *injected) error {
+	var calls []teststore.Fault
+	random := rand.New(rand.NewPCG(s.pick, 0))
+	for _, op := range []string{teststore.OpAttach, teststore.OpDetach, teststore.OpFence} {
+		for range 30 {
+			f := teststore.Fault{Op: op, Times: 1, Before: time.Duration(random.Int64N(int64(6 * time.Second)))}
+			switch random.IntN(5) {
+			case 0:
+				f.HangUp = true
+			case 1:
+				f.Drop = true
+			case 2: // only late
+			default:
+				f.Before = 0
+			}
+			calls = append(calls, f)
+		}
+	}
+	return storageFaults(ctx, r, i, calls, nil)
 }

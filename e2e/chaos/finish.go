@@ -23,13 +23,14 @@ func (r *run) finish(ctx context.Context) error {
 		}
 	}
 	for _, h := range r.rig.Hosts {
-		// Such as one whose docker run has just been ended, before it was started.
+		// Such as one whose docker run has just been ended, before it was started. One
+		// that is being removed already is waited for below.
 		ids, err := h.Docker(ctx, "ps", "-aq", "--filter", "label="+otherLabel)
-		if err == nil && ids != "" {
-			_, err = h.Docker(ctx, append([]string{"rm", "-f"}, strings.Fields(ids)...)...)
-		}
 		if err != nil {
 			return err
+		}
+		if ids != "" {
+			_, _ = h.Docker(ctx, append([]string{"rm", "-f"}, strings.Fields(ids)...)...)
 		}
 	}
 	if err := r.noContainers(ctx); err != nil {
@@ -132,7 +133,7 @@ func (r *run) checkFilesystems(ctx context.Context) error {
 		return err
 	}
 	for _, v := range r.volumes {
-		file, err := storages[v.backend].image(r.rig, ids[v.name])
+		file, err := r.imageOf(v, ids[v.name])
 		if err != nil {
 			r.violate("data", v.name, "its storage is not to be found: %v", err)
 			continue
@@ -173,7 +174,7 @@ func (r *run) doubleMount(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	file, err := storages[v.backend].image(r.rig, ids[v.name])
+	file, err := r.imageOf(v, ids[v.name])
 	if err != nil {
 		return err
 	}

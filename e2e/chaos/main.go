@@ -25,7 +25,7 @@ func main() {
 	o := options{settings: map[string]string{}}
 	flag.DurationVar(&o.time, "time", 10*time.Minute, "how long to inject faults")
 	flag.Uint64Var(&o.seed, "seed", 0, "the faults and their order; 0: another one each time")
-	flag.StringVar(&o.backend, "backend", "loopback", "storage of the volumes: "+strings.Join(slices.Sorted(maps.Keys(storages)), ", ")+" or both")
+	flag.StringVar(&o.backend, "backend", "loopback", "storage of the volumes, by turns if there are several with commas: "+strings.Join(slices.Sorted(maps.Keys(storages)), ", ")+"; or both, which is teststore,loopback")
 	flag.StringVar((*string)(&o.engine), "engine", string(rig.Debian), "Docker's version: 20.10 or 29")
 	flag.StringVar(&o.report, "report", "", "Markdown `file` to write the report to")
 	flag.StringVar(&o.keep, "keep", "", "`directory` for logs and histories, to be made; without it they are kept if there is a violation")
@@ -51,6 +51,9 @@ func main() {
 	}
 	if *only != "" {
 		o.only = strings.Split(*only, ",")
+	}
+	if o.backend == "both" {
+		o.backend = "teststore,loopback"
 	}
 	if o.seed == 0 {
 		o.seed = rand.Uint64N(1e6) + 1
@@ -83,7 +86,7 @@ type options struct {
 // no promise was broken, or with sabotage that it was noticed.
 func chaos(ctx context.Context, o options) (ok bool, err error) {
 	r := &run{options: o, began: time.Now()}
-	if r.plan, err = newPlan(o.seed, o.only); err != nil {
+	if r.plan, err = newPlan(o.seed, o.only, o.hasTestStore()); err != nil {
 		return false, err
 	}
 	defer func() {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -31,11 +32,12 @@ type step struct {
 	rest time.Duration
 }
 
-// newPlan is one of the faults named, or of all.
-func newPlan(seed uint64, names []string) (*plan, error) {
+// newPlan is one of the faults named, or of all that there can be with the test
+// storage or without it.
+func newPlan(seed uint64, names []string, testStore bool) (*plan, error) {
 	p := &plan{random: rand.New(rand.NewPCG(seed, 0))}
 	for _, f := range faults {
-		if len(names) == 0 || slices.Contains(names, f.name) {
+		if (testStore || !f.storage) && (len(names) == 0 || slices.Contains(names, f.name)) {
 			p.faults = append(p.faults, f)
 			p.weight += f.weight
 		}
@@ -44,6 +46,9 @@ func newPlan(seed uint64, names []string) (*plan, error) {
 		if !slices.ContainsFunc(faults, func(f *fault) bool { return f.name == name }) {
 			return nil, fmt.Errorf("there is no fault %q; -list shows them", name)
 		}
+	}
+	if p.weight == 0 {
+		return nil, errors.New("none of these faults is possible without the test storage")
 	}
 	return p, nil
 }

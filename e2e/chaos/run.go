@@ -28,7 +28,8 @@ type run struct {
 	plan  *plan
 
 	rig       *rig.Rig
-	endpoints []string // of etcd
+	store     *rig.TestStore // nil if it is not used
+	endpoints []string       // of etcd
 	volumes   []*volume
 	witness   *witness
 	writer    string // the writer's program
@@ -82,6 +83,9 @@ func workload(backends []string) []*volume {
 	return all
 }
 
+// hasTestStore says whether one of the storages is the test storage.
+func (o options) hasTestStore() bool { return strings.Contains(o.backend, "teststore") }
+
 // say prints what happens, with the time since the beginning.
 func (r *run) say(format string, args ...any) {
 	fmt.Printf("%7.1fs  %s\n", time.Since(r.began).Seconds(), fmt.Sprintf(format, args...))
@@ -97,18 +101,21 @@ func (r *run) note(format string, args ...any) {
 func (r *run) start(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
 	defer cancel()
-	backends := []string{r.backend}
-	if r.backend == "both" {
-		backends = []string{"teststore", "loopback"}
-	}
+	backends := strings.Split(r.backend, ",")
+	cfg := rig.Config{Hosts: 3, Engine: r.engine, Logf: r.say}
 	for _, b := range backends {
-		if storages[b] == nil {
+		if _, ok := storages[b]; !ok {
 			return fmt.Errorf("there is no storage %q", b)
 		}
 	}
 	r.volumes = workload(backends)
 	var err error
-	if r.rig, err = rig.Start(ctx, rig.Config{Hosts: 3, Engine: r.engine, Logf: r.say}); err != nil {
+	if r.hasTestStore() {
+		if cfg.Plugin, err = rig.TestStorePlugin(); err != nil {
+			return err
+		}
+	}
+	if r.rig, err = rig.Start(ctx, cfg); err != nil {
 		return err
 	}
 	r.witness = &witness{dir: filepath.Join(r.rig.Dir, "witness"), files: map[string]*witnessFile{}}
@@ -124,18 +131,15 @@ func (r *run) start(ctx context.Context) error {
 	if r.endpoints, err = r.rig.Etcd(ctx); err != nil {
 		return err
 	}
+	if r.hasTestStore() {
+		if r.store, err = r.rig.TestStore(ctx); err != nil {
+			return err
+		}
+	}
 	settings := map[string]string{
 		"FLOCKER_ETCD_ENDPOINTS": strings.Join(r.endpoints, ","),
 		"FLOCKER_LOG_LEVEL":      "debug",
 		"FLOCKER_BACKEND":        backends[0],
-	}
-	for _, b := range backends {
-		if storages[b].start != nil {
-			if err := storages[b].start(ctx, r.rig); err != nil {
-				return err
-			}
-		}
-		maps.Copy(settings, storages[b].settings)
 	}
 	maps.Copy(settings, r.settings)
 	if err := r.rig.InstallPlugin(ctx, settings); err != nil {
@@ -309,10 +313,12 @@ func (r *run) step(ctx context.Context, s step) error {
 func (r *run) aim(s step, i *injected) bool {
 	v := r.volumes[s.pick%uint64(len(r.volumes))]
 	switch s.where {
-	case onEtcd:
-		i.what = fmt.Sprintf("member %d", s.pick%3+1)
+	case onEtcd, onStorage:
+		if i.what = "of all hosts"; s.where == onEtcd {
+			i.what = fmt.Sprintf("member %d", s.pick%3+1)
+		}
 		for _, b := range r.broken {
-			if b.where == onEtcd {
+			if b.where == s.where {
 				return false
 			}
 		}
@@ -435,22 +441,26 @@ func (r *run) violate(check, volume, format string, args ...any) {
 	r.violations = append(r.violations, v)
 }
 
-// manage runs a docker command on a manager of the Swarm that is not broken.
-func (r *run) manage(ctx context.Context, args ...string) (string, error) {
-	var errs []error
-	for _, h := range r.rig.Hosts {
-		if r.isBroken(h) {
-			continue
+// manage runs a docker command on a manager of the Swarm that is not broken. It tries
+// again for a while: a Swarm that has lost its leader takes some seconds to elect one.
+func (r *run) manage(ctx context.Context, args ...string) (out string, err error) {
+	for range 5 {
+		for _, h := range r.rig.Hosts {
+			if r.isBroken(h) {
+				continue
+			}
+			trying, cancel := context.WithTimeout(ctx, 30*time.Second)
+			out, err = h.Docker(trying, args...)
+			cancel()
+			if err == nil || ctx.Err() != nil {
+				return out, err
+			}
 		}
-		trying, cancel := context.WithTimeout(ctx, 30*time.Second)
-		out, err := h.Docker(trying, args...)
-		cancel()
-		if err == nil || ctx.Err() != nil {
-			return out, err
+		if err := sleep(ctx, 2*time.Second); err != nil {
+			return "", err
 		}
-		errs = append(errs, err)
 	}
-	return "", errors.Join(errs...)
+	return "", err
 }
 
 // sleep returns early, with an error, if ctx ends.

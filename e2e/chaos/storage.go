@@ -1,33 +1,30 @@
 package main
 
 import (
-	"context"
 	"fmt"
 	"path/filepath"
-
-	"github.com/flocker-plugin/flocker/e2e/rig"
 )
 
 // A storage is a backend to put volumes on.
 type storage struct {
-	// settings are what the plugin needs for it.
-	settings map[string]string
 	// fences says that a dead host's volumes move by themselves. Otherwise it takes
 	// an operator, or the host.
 	fences bool
-	// start starts what there is to start; nil: nothing.
-	start func(ctx context.Context, r *rig.Rig) error
-	// image is the file with a volume's data, and nothing but a detached volume's.
-	image func(r *rig.Rig, volumeID string) (string, error)
+	// image is the pattern of the file with a volume's data, below the rig's
+	// directory; %s is the volume's UUID.
+	image string
 }
 
 // storages are the backends there are.
-var storages = map[string]*storage{
-	"loopback": {
-		image: func(r *rig.Rig, id string) (string, error) {
-			return only(filepath.Join(r.Shared, id, "*.img"))
-		},
-	},
+var storages = map[string]storage{
+	"loopback":         {image: "shared/%s/*.img"},
+	"teststore":        {fences: true, image: "switch/teststore/ts-%s/data"},
+	"teststore-fenced": {fences: true, image: "switch/teststore/tf-%s/data"},
+}
+
+// imageOf is the file with a volume's data.
+func (r *run) imageOf(v *volume, id string) (string, error) {
+	return only(filepath.Join(r.rig.Dir, fmt.Sprintf(storages[v.backend].image, id)))
 }
 
 // only is the one file that matches.
