@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -177,18 +176,7 @@ func TestGuardAfterAnUncleanEnd(t *testing.T) {
 	t.Parallel()
 	r := newGuarded(t)
 	r.unclean()
-	// What ends meanwhile, such as another volume's mkfs, must not disturb the wait.
-	ctx, stop := context.WithCancel(t.Context())
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		for ctx.Err() == nil {
-			_ = exec.CommandContext(ctx, "sleep", "0.2").Run()
-		}
-	}()
 	t.Logf("the mount took %v", took(func() { r.mount() }))
-	stop()
-	<-ended
 	r.wantContent("f", "synced")
 	r.unmount()
 	r.close()
@@ -197,6 +185,40 @@ func TestGuardAfterAnUncleanEnd(t *testing.T) {
 	}
 	r.unmount()
 	r.wantGone()
+}
+
+// The kernel's wait ends at any signal: at the one that is meant to end it, and at no
+// other, such as that of a child process that ends.
+func TestInterruptible(t *testing.T) {
+	sleep := func(d time.Duration) func() error {
+		return func() error {
+			thread := unix.Gettid()
+			others, stop := context.WithTimeout(t.Context(), d)
+			defer stop()
+			go func() {
+				for others.Err() == nil {
+					for _, s := range []unix.Signal{unix.SIGCHLD, unix.SIGURG, unix.SIGIO} {
+						_ = unix.Tgkill(os.Getpid(), thread, s)
+					}
+					time.Sleep(10 * time.Millisecond)
+				}
+			}()
+			length := unix.NsecToTimespec(d.Nanoseconds())
+			return unix.Nanosleep(&length, nil)
+		}
+	}
+	if err := mount.Interruptible(t.Context(), sleep(200*time.Millisecond)); err != nil {
+		t.Errorf("got %v, want no interruption", err)
+	}
+	ctx, cancel := context.WithTimeoutCause(t.Context(), 50*time.Millisecond, errors.New("no time"))
+	defer cancel()
+	var err error
+	long := took(func() { err = mount.Interruptible(ctx, sleep(time.Minute)) })
+	if fmt.Sprint(err) != "no time" || long > 10*time.Second {
+		t.Errorf("got %v after %v, want the context's cause at once", err, long)
+	}
+	err = mount.Interruptible(t.Context(), func() error { return unix.EBUSY })
+	wantErr(t, err, unix.EBUSY, "")
 }
 
 // Who has no time for the kernel's wait gets an answer in time, and no mount later.

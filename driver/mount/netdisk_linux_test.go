@@ -4,6 +4,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"syscall"
 	"testing"
@@ -75,16 +76,30 @@ func (d *netDisk) cut() {
 	_ = d.server.Wait()
 }
 
-// hang makes the server not answer until resume is called.
+// hang makes the server not answer until resume is called, or for 20 seconds: should
+// this process be killed meanwhile, the machine must not keep what waits for the disk.
 func (d *netDisk) hang() (resume func()) {
 	d.t.Helper()
-	signal := func(s os.Signal) {
-		if err := d.server.Process.Signal(s); err != nil {
+	pid := strconv.Itoa(d.server.Process.Pid)
+	late := exec.Command("sh", "-c", "kill -STOP $1; echo; sleep 20; kill -CONT $1", "sh", pid)
+	late.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	out, err := late.StdoutPipe()
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	if err := late.Start(); err != nil {
+		d.t.Fatal(err)
+	}
+	if _, err := out.Read(make([]byte, 1)); err != nil {
+		d.t.Fatal(err)
+	}
+	resume = sync.OnceFunc(func() {
+		if err := d.server.Process.Signal(syscall.SIGCONT); err != nil {
 			d.t.Error(err)
 		}
-	}
-	signal(syscall.SIGSTOP)
-	resume = sync.OnceFunc(func() { signal(syscall.SIGCONT) })
+		_ = unix.Kill(-late.Process.Pid, unix.SIGKILL)
+		_ = late.Wait()
+	})
 	d.t.Cleanup(resume)
 	return resume
 }

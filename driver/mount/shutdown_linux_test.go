@@ -71,6 +71,8 @@ func (c *container) writes(n int) {
 
 // stopped returns what the writer said when it could not go on.
 func (c *container) stopped() (said string) {
+	limit := time.AfterFunc(20*time.Second, func() { _ = c.cmd.Process.Kill() })
+	defer limit.Stop()
 	for c.out.Scan() && c.out.Text() != "stopped" {
 		if c.out.Text() == fmt.Sprint(c.acked) {
 			c.acked++
@@ -206,6 +208,9 @@ func TestNothingIsWrittenAfterShutdown(t *testing.T) {
 		for i := range 50 {
 			r.write(fmt.Sprint(i), "synced")
 		}
+		if err := os.WriteFile(r.data("unsynced"), []byte("unsynced"), 0o600); err != nil {
+			r.t.Fatal(err)
+		}
 		r.shutdown()
 		before := sum(r.t, r.file)
 		r.unmount()
@@ -213,6 +218,12 @@ func TestNothingIsWrittenAfterShutdown(t *testing.T) {
 		if sum(r.t, r.file) != before {
 			r.t.Error("the device was written to after Shutdown had returned")
 		}
+		r.mount()
+		if b, _ := os.ReadFile(r.data("unsynced")); len(b) > 0 {
+			r.t.Error("Shutdown wrote what nobody had asked to write")
+		}
+		r.wantContent("49", "synced")
+		r.unmount()
 	})
 }
 
