@@ -146,7 +146,9 @@ func (n *node) startWith(registered context.Context, partitioned bool) {
 		wg.Wait()
 		_ = n.etcd.Close()
 	})
-	if err := m.Registered(registered); err != nil && registered.Err() == nil {
+	soon, giveUp := context.WithTimeout(registered, 10*time.Minute)
+	defer giveUp()
+	if err := m.Registered(soon); err != nil && registered.Err() == nil {
 		n.c.t.Fatal(err)
 	}
 	synctest.Wait()
@@ -303,8 +305,8 @@ type fakeDocker struct {
 	uses map[string][]string
 	down bool
 	dead []string
-	// onKill is what the kernel does when the containers end.
-	onKill func()
+	// onKill is what the kernel does when a volume's containers end.
+	onKill func(volume string)
 }
 
 func (f *fakeDocker) set(volume string, containers ...string) {
@@ -337,15 +339,16 @@ func (f *fakeDocker) Using(_ context.Context, volume string) ([]driver.Container
 
 func (f *fakeDocker) Kill(_ context.Context, volume string) ([]string, error) {
 	f.mu.Lock()
-	defer f.mu.Unlock()
 	if f.down {
+		f.mu.Unlock()
 		return nil, errors.New("docker is down")
 	}
-	killed := f.uses[volume]
+	killed, onKill := f.uses[volume], f.onKill
 	delete(f.uses, volume)
 	f.dead = append(f.dead, killed...)
-	if f.onKill != nil && len(killed) > 0 {
-		f.onKill()
+	f.mu.Unlock()
+	if onKill != nil && len(killed) > 0 {
+		onKill(volume)
 	}
 	return killed, nil
 }

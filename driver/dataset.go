@@ -30,6 +30,8 @@ type dataset struct {
 	// pending is whom a takeover still has to cut off: until then the volume is
 	// neither used nor given away.
 	pending *ownership.Pending
+	// former is whom the takeover under this token has cut off.
+	former *ownership.Pending
 	// fault is why the takeover is not finished yet, for people.
 	fault string
 	// late is until when an earlier call to the storage may still take effect.
@@ -45,6 +47,9 @@ type dataset struct {
 	// mounted says that the filesystem was mounted below the mount root; the mount
 	// table is asked before anybody is told so.
 	mounted bool
+	// stray is the device that is mounted here without being attached any more, such
+	// as one the storage took away.
+	stray string
 	// lost is why a volume this node has mounted or attached is no longer its own.
 	lost string
 	refs refs
@@ -109,7 +114,7 @@ func (ds *dataset) unlock() {
 func (ds *dataset) publish() {
 	old := ds.snapshot.Load()
 	s := &snapshot{
-		vol: ds.vol, token: ds.token, attached: ds.att != nil, mounted: ds.mounted,
+		vol: ds.vol, token: ds.token, attached: ds.att != nil || ds.stray != "", mounted: ds.mounted,
 		lost: ds.lost, fault: ds.fault, mounts: ds.refs.total(),
 	}
 	if ds.pending != nil {
@@ -135,12 +140,12 @@ func (ds *dataset) setContainers(names []string) {
 
 // idle says that nothing of the volume is on this node.
 func (ds *dataset) idle() bool {
-	return ds.token == 0 && ds.att == nil && !ds.mounted
+	return ds.token == 0 && ds.att == nil && !ds.mounted && ds.stray == ""
 }
 
 func (ds *dataset) record(boot string) record {
 	return record{
-		ID: ds.id, Name: ds.vol.Name, Boot: boot, Token: ds.token,
+		ID: ds.id, Name: ds.vol.Name, Backend: ds.vol.Backend, Boot: boot, Token: ds.token,
 		Attachment: ds.att, Detaching: ds.detaching, Refs: maps.Clone(ds.refs),
 	}
 }

@@ -45,6 +45,8 @@ type record struct {
 	Version int    `json:"version"`
 	ID      string `json:"id"`
 	Name    string `json:"name"`
+	// Backend is "" in the record of an older version.
+	Backend string `json:"backend,omitempty"`
 	Boot    string `json:"boot"`
 	Token   int64  `json:"token"`
 	// Attachment is the one being used, or being detached.

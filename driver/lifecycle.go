@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"path/filepath"
 	"slices"
 	"time"
@@ -58,6 +59,9 @@ func (d *Driver) mount(ctx context.Context, ds *dataset, id string) (err error) 
 		return err
 	}
 	if !up {
+		if err := d.closeStray(ctx, ds); err != nil {
+			return err
+		}
 		if ds.detaching {
 			if err := d.detach(ctx, ds); err != nil {
 				return err
@@ -192,7 +196,7 @@ func (d *Driver) retake(ctx context.Context, ds *dataset) error {
 // disown notes that this node does not own the volume any more.
 func (d *Driver) disown(ds *dataset) {
 	ds.token, ds.verified, ds.doubt, ds.unseen, ds.attempts = 0, false, false, false, 0
-	ds.pending, ds.fault, ds.late, ds.oldBoot = nil, "", time.Time{}, false
+	ds.pending, ds.former, ds.fault, ds.late, ds.oldBoot = nil, nil, "", time.Time{}, false
 	clear(ds.refs)
 	if err := d.journal.remove(ds.id); err != nil {
 		d.log.WithField("volume", ds.vol.Name).Warn(err)
@@ -217,17 +221,29 @@ func (d *Driver) attach(ctx context.Context, ds *dataset, undo *undoStack) error
 	want := backends.Attachment{Ref: ds.vol.Ref, Volume: ds.id, Node: d.cfg.Node.ID, Token: ds.token}
 	ds.att = &want
 	att, err := backend.Attach(ctx, backends.AttachRequest{Ref: want.Ref, Volume: want.Volume, Token: want.Token})
-	if other, ok := errors.AsType[*backends.AttachedError](err); ok && other.Node == d.cfg.Node.ID && other.Token != ds.token {
-		if err := d.dropStale(ctx, backend, ds); err != nil {
-			return err
+	if other, ok := errors.AsType[*backends.AttachedError](err); ok {
+		again, failed := d.makeWay(ctx, backend, ds, other)
+		if failed != nil {
+			return failed
 		}
-		att, err = backend.Attach(ctx, backends.AttachRequest{Ref: want.Ref, Volume: want.Volume, Token: want.Token})
+		if again {
+			att, err = backend.Attach(ctx, backends.AttachRequest{Ref: want.Ref, Volume: want.Volume, Token: want.Token})
+		}
 	}
 	if err != nil {
 		return fmt.Errorf("attach volume %s: %w", ds.vol.Name, err)
 	}
 	ds.att, ds.closed = &att, false
 	return nil
+}
+
+// makeWay ends an attachment of an older token that is in the way, where this node
+// may: its own, or one of the owner it has cut off.
+func (d *Driver) makeWay(ctx context.Context, backend backends.Backend, ds *dataset, other *backends.AttachedError) (bool, error) {
+	if other.Node == d.cfg.Node.ID && other.Token != ds.token {
+		return true, d.dropStale(ctx, backend, ds)
+	}
+	return d.refence(ctx, ds, other)
 }
 
 // dropStale detaches what this node attached under older tokens.
@@ -320,6 +336,9 @@ func (d *Driver) closeFilesystem(ctx context.Context, ds *dataset) error {
 	if err := d.look(ctx, ds); err != nil {
 		return err
 	}
+	if err := d.closeStray(ctx, ds); err != nil {
+		return err
+	}
 	if ds.att == nil || ds.closed {
 		return nil
 	}
@@ -336,12 +355,9 @@ func (d *Driver) closeFilesystem(ctx context.Context, ds *dataset) error {
 	if err := d.unmountFilesystem(ctx, ds); err != nil {
 		return err
 	}
-	err = d.cfg.Mounter.Close(ctx, ds.att.Device)
-	if err == nil {
-		ds.closed = true
+	if err = d.close(ctx, ds); err == nil {
 		return nil
 	}
-	err = fmt.Errorf("close volume %s: %w", ds.vol.Name, err)
 	if wasMounted && ds.lost == "" {
 		again, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 		defer cancel()
@@ -353,11 +369,49 @@ func (d *Driver) closeFilesystem(ctx context.Context, ds *dataset) error {
 	return err
 }
 
+// closeStray takes down what is mounted from a device that is not attached any
+// more. Nothing written to that can arrive.
+func (d *Driver) closeStray(ctx context.Context, ds *dataset) error {
+	if ds.stray == "" {
+		return nil
+	}
+	if err := d.cfg.Mounter.Unmount(ctx, d.target(ds)); err != nil && !errors.Is(err, mount.ErrUnwritten) {
+		return fmt.Errorf("unmount volume %s: %w", ds.vol.Name, err)
+	}
+	err := d.cfg.Mounter.Close(ctx, ds.stray)
+	if err != nil && !errors.Is(err, mount.ErrUnwritten) && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("close volume %s: %w", ds.vol.Name, err)
+	}
+	ds.stray = ""
+	return nil
+}
+
+// close proves that nobody has the device. What a device that has failed did not
+// take is lost: of a lost volume it was never to arrive, and any other is
+// quarantined before it is given away.
+func (d *Driver) close(ctx context.Context, ds *dataset) error {
+	err := d.cfg.Mounter.Close(ctx, ds.att.Device)
+	if errors.Is(err, mount.ErrUnwritten) {
+		if ds.lost == "" && ds.vol.Phase == ownership.PhaseReady {
+			err = d.quarantine(ctx, ds, err)
+		}
+		if ds.lost != "" || ds.vol.Phase == ownership.PhaseQuarantined {
+			err = nil
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("close volume %s: %w", ds.vol.Name, err)
+	}
+	ds.closed = true
+	return nil
+}
+
 func (d *Driver) unmountFilesystem(ctx context.Context, ds *dataset) error {
 	if !ds.mounted {
 		return nil
 	}
-	if err := d.cfg.Mounter.Unmount(ctx, d.target(ds)); err != nil {
+	err := d.cfg.Mounter.Unmount(ctx, d.target(ds))
+	if err != nil && (ds.lost == "" || !errors.Is(err, mount.ErrUnwritten)) {
 		return fmt.Errorf("unmount volume %s: %w", ds.vol.Name, err)
 	}
 	ds.mounted = false
@@ -376,8 +430,8 @@ func (d *Driver) detach(ctx context.Context, ds *dataset) error {
 		return err
 	}
 	if !ds.closed && ds.att.Device != "" {
-		if err := d.cfg.Mounter.Close(ctx, ds.att.Device); err != nil {
-			return fmt.Errorf("close volume %s: %w", ds.vol.Name, err)
+		if err := d.close(ctx, ds); err != nil {
+			return err
 		}
 	}
 	ds.detaching = true

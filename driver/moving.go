@@ -72,6 +72,10 @@ func (d *Driver) claim(ctx context.Context, ds *dataset, purpose string) error {
 		if err != nil || !again {
 			return err
 		}
+		// What this node saw and what etcd says may differ for a moment.
+		if !sleep(ctx, jitter(10*time.Millisecond)) {
+			return d.explain(ds.vol.Name, ownership.ErrUnavailable)
+		}
 	}
 }
 

@@ -2,7 +2,6 @@ package driver_test
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -66,6 +65,7 @@ type world struct {
 	dir   string
 	hosts []*host
 	ops   sync.WaitGroup
+	props backends.Properties
 	busy  chan struct{} // as many calls of Docker as are in flight
 
 	mu   sync.Mutex
@@ -80,6 +80,7 @@ type host struct {
 	*node
 	w          *world
 	containers []*container
+	off        bool
 	oldIDs     map[string][]string // mount ids whose Unmount Docker never sent, by volume
 	lives      int
 	boots      int
@@ -116,12 +117,16 @@ func newWorld(t *testing.T, c *cluster, seed uint64) *world {
 		t: t, c: c, dir: filepath.Dir(c.nodes["a"].stateDir), busy: make(chan struct{}, 8),
 		rand: rand.New(rand.NewPCG(seed, seed)), deleted: map[string]bool{},
 	}
-	if seed%3 == 0 { // one that lingers, and lets one node attach at a time
-		c.storage = backendtest.NewMemory(backends.Properties{Class: backends.ClassNodeFence, ExclusiveAttach: true})
+	// Each kind of storage in turn; all but the first linger.
+	if kinds := []backends.Properties{exclusive, fenced, nameless, {Class: backends.ClassNodeFence, ExclusiveAttach: true}}; seed%5 > 0 {
+		w.props = kinds[seed%5-1]
+		c.storage = backendtest.NewMemory(w.props)
 	}
+	c.watchStorage()
 	for _, name := range []string{"a", "b", "c"} {
 		w.hosts = append(w.hosts, &host{node: c.nodes[name], w: w, oldIDs: map[string][]string{}})
 	}
+	c.storage.Inject(w.late)
 	c.cfg = func(cfg *driver.Config) {
 		for _, h := range w.hosts {
 			if h.name == cfg.Node.Host {
@@ -141,7 +146,10 @@ func (h *host) live(cfg *driver.Config) {
 	w, p := h.w, &process{}
 	h.process = p
 	cfg.MountRoot = filepath.Join(w.dir, h.name+"-mnt")
-	cfg.BusyWait = 10 * time.Second
+	cfg.BusyWait, cfg.Hold = 10*time.Second, hold
+	h.docker.mu.Lock()
+	h.docker.onKill = h.killed
+	h.docker.mu.Unlock()
 	fake := cfg.Mounter.(*mount.Fake)
 	fake.SetDelay(func(string, string) time.Duration { return w.upTo(&h.slow) })
 	fake.SetHook(func(call, _ string) error {
@@ -173,7 +181,55 @@ func (h *host) live(cfg *driver.Config) {
 		}
 		return ownership.Fault{Latency: time.Duration(w.intN(500)) * time.Millisecond}
 	})
-	cfg.Backends = map[string]backends.Backend{"memory": &faulty{cfg.Backends["memory"], h, p}}
+	storage := &faulty{cfg.Backends["memory"], h, p}
+	cfg.Backends["memory"] = storage
+	if fencer, ok := backends.As[backends.Fencer](storage.Backend); ok {
+		cfg.Backends["memory"] = &faultyFencer{storage, fencer}
+	}
+}
+
+// late is what the storage system makes of a call: while some host has trouble with
+// it, calls take effect late, twice, or without an answer. One that names no
+// attachment is not sent twice: nobody could tell a duplicate of a call that has been
+// answered, so such a backend must not let its client repeat calls.
+func (w *world) late(call backendtest.Call) (f backendtest.Fault) {
+	if !slices.ContainsFunc(w.hosts, func(h *host) bool { return h.storage.Load() > 0 }) {
+		return f
+	}
+	switch n := w.intN(100); {
+	case n < 5:
+		f.Late = time.Duration(w.intN(50_000)) * time.Millisecond
+	case n < 8 && w.props.LateCalls == 0:
+		f.Again = time.Duration(w.intN(50_000)) * time.Millisecond
+	case n < 12:
+		f.DropReply = true
+	}
+	return f
+}
+
+// killed is the end of the containers of a volume this host has lost. Docker sends
+// their Unmounts, or not.
+func (h *host) killed(volume string) {
+	h.w.log("%s: containers of %s are killed", h.name, volume)
+	for _, c := range h.using(volume) {
+		h.remove(c)
+		if h.w.intN(2) > 0 {
+			h.do(50*time.Second, "unmount "+volume+" "+c.id, func(ctx context.Context, d *driver.Driver) error {
+				return d.Unmount(ctx, volume, c.id)
+			})
+		}
+	}
+}
+
+func (h *host) using(volume string) (using []*container) {
+	h.w.mu.Lock()
+	defer h.w.mu.Unlock()
+	for _, c := range h.containers {
+		if c.volume == volume {
+			using = append(using, c)
+		}
+	}
+	return using
 }
 
 // faulty is the storage as one process sees it.
@@ -244,6 +300,17 @@ func (f *faulty) Attachments(ctx context.Context) (a []backends.Attachment, err 
 	return a, err
 }
 
+// faultyFencer is a faulty of storage that can cut hosts off.
+type faultyFencer struct {
+	*faulty
+	fencer backends.Fencer
+}
+
+func (f *faultyFencer) Fence(ctx context.Context, req backends.FenceRequest) (evidence string, err error) {
+	err = f.call(ctx, "fence", func() error { evidence, err = f.fencer.Fence(ctx, req); return err })
+	return evidence, err
+}
+
 func (h *host) attached() []backends.Attachment {
 	atts, err := h.c.storage.Node(h.id.ID).Attachments(context.Background())
 	if err != nil {
@@ -291,6 +358,10 @@ func (h *host) do(limit time.Duration, what string, f func(ctx context.Context, 
 // step lets something happen, and some time pass.
 func (w *world) step() {
 	h := w.hosts[w.intN(len(w.hosts))]
+	if h.off {
+		w.whileOff(h)
+		return
+	}
 	volume := []string{"v1", "v2"}[w.intN(2)]
 	switch n := w.intN(100); {
 	case n < 12:
@@ -317,14 +388,12 @@ func (w *world) step() {
 	case n < 79:
 		h.crash("plugin disabled by force", func() { h.kernel.DisablePlugin()() })
 	case n < 80:
-		h.crash("reboot", func() {
-			h.loseContainers()
-			h.kernel.Reboot()
-			h.c.storage.Reboot(h.id.ID)
-			h.boots++
-			h.id.Boot = fmt.Sprintf("boot-%d", h.boots)
-		})
-	case n < 82:
+		h.crash("reboot", h.reboot)
+	case n < 81:
+		h.die("power cut")
+		h.reboot()
+		h.off = true
+	case n < 83:
 		w.log("%s: dockerd killed", h.name)
 		h.loseContainers()
 	case n < 86:
@@ -350,6 +419,39 @@ func (w *world) step() {
 	}
 	if w.intN(3) > 0 {
 		time.Sleep(time.Duration(w.intN(4_000)) * time.Millisecond)
+	}
+}
+
+// reboot is what a restart of the host does to what is not the plugin.
+func (h *host) reboot() {
+	h.loseContainers()
+	h.kernel.Reboot()
+	h.c.storage.Reboot(h.id.ID)
+	h.boots++
+	h.id.Boot = fmt.Sprintf("boot-%d", h.boots)
+}
+
+// whileOff lets something happen to a host that is switched off: it is switched
+// on, or an operator says that it is off, which is true.
+func (w *world) whileOff(h *host) {
+	switch w.intN(4) {
+	case 0:
+		w.log("%s: switched on", h.name)
+		w.healHost(h) // or it may never get rid of what it has to give up
+		h.wake()
+	case 1:
+		for _, other := range w.hosts {
+			if other.off {
+				continue
+			}
+			other.do(10*time.Second, "confirm that "+h.name+" is dead", func(ctx context.Context, d *driver.Driver) error {
+				_, err := d.ConfirmDead(ctx, h.name, ownership.Death{By: "op", Evidence: "it is off"})
+				return err
+			})
+			return
+		}
+	default:
+		time.Sleep(10 * time.Second)
 	}
 }
 
@@ -391,6 +493,9 @@ func (h *host) run(volume string) {
 		}
 		vid := filepath.Base(filepath.Dir(path))
 		device := h.kernel.Mounts()[filepath.Dir(path)]
+		if device == "" && w.owner(vid) != h.name {
+			return errors.New("lost since")
+		}
 		if device == "" {
 			w.t.Errorf("%s: Mount of %s said %s, where nothing is mounted", h.name, volume, path)
 			return nil
@@ -448,7 +553,7 @@ func (h *host) stopOne(told bool) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 0)
 	defer cancel()
-	if _, err := h.Get(ctx, c.volume); errors.Is(err, ownership.ErrNotFound) {
+	if _, err := h.Get(ctx, c.volume); errors.Is(err, ownership.ErrNotFound) && h.w.owner(c.vid) == h.name {
 		h.w.t.Errorf("%s: Get says that %s is gone, while a container uses it", h.name, c.volume)
 	}
 	h.remove(c)
@@ -498,9 +603,16 @@ func (h *host) loseContainers() {
 	h.tellDocker()
 }
 
-// crash ends the plugin's process where it is, and starts it again. What its
-// goroutines still write goes to a directory nobody reads any more.
+// crash ends the plugin's process where it is, and starts it again.
 func (h *host) crash(what string, then func()) {
+	h.die(what)
+	then()
+	h.wake()
+}
+
+// die ends the process. What its goroutines still write goes to a directory nobody
+// reads any more.
+func (h *host) die(what string) {
 	h.w.log("%s: %s", h.name, what)
 	h.w.mu.Lock()
 	h.process.dead.Store(true)
@@ -510,7 +622,11 @@ func (h *host) crash(what string, then func()) {
 	copyState(h.w.t, h.stateDir, next)
 	h.stateDir = next
 	h.kill()
-	then()
+}
+
+// wake starts a process.
+func (h *host) wake() {
+	h.off = false
 	mode := h.etcdMode.Swap(etcdFine) // or it does not start
 	h.start()
 	h.etcdMode.Store(mode)
@@ -543,32 +659,30 @@ func copyState(t *testing.T, from, to string) {
 	}
 }
 
-// owner returns the node that owns a volume, by etcd.
+// owner returns the host that owns a volume, by etcd.
 func (w *world) owner(vid string) string {
-	for _, kv := range w.c.etcd.Keys("") {
-		if strings.HasSuffix(kv.Key, "/own/"+vid) {
-			var own ownership.Owner
-			if err := json.Unmarshal(kv.Value, &own); err != nil {
-				w.t.Error(err)
-			}
-			return own.Host
-		}
-	}
-	return ""
+	owner, _ := w.c.owner(vid)
+	return owner.Host
 }
 
-// check asserts what holds at any moment: nobody's containers run on a volume that
-// is not their host's, and no disk is formatted twice or used by two hosts.
+// check asserts what holds at any moment: nobody's containers write a volume that
+// is not their host's, no disk is formatted twice or used by two hosts, and no owner
+// is cut off.
 func (w *world) check() {
 	if v := w.c.disks.Violations(); len(v) > 0 {
 		w.t.Errorf("two writers: %v", v)
+	}
+	if v := w.c.storage.Violations(); len(v) > 0 {
+		w.t.Errorf("an owner was cut off: %v", v)
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, h := range w.hosts {
 		for _, c := range h.containers {
-			if owner := w.owner(c.vid); owner != h.name {
-				w.t.Errorf("container %s runs on %s with volume %s, which is owned by %q", c.name, h.name, c.vid, owner)
+			owner, _ := w.c.owner(c.vid)
+			taking := owner.Pending != nil && owner.Pending.Host == h.name // it may write until it is cut off
+			if owner.Host != h.name && !taking && h.kernel.Write(backendtest.DevicePrefix+"m-"+c.vid) == nil {
+				w.t.Errorf("container %s runs on %s with volume %s, which is owned by %q", c.name, h.name, c.vid, owner.Host)
 			}
 		}
 	}
@@ -588,7 +702,9 @@ func (w *world) end() {
 	t, c := w.t, w.c
 	w.log("the end begins")
 	for _, h := range w.hosts {
-		w.healHost(h)
+		if w.healHost(h); h.off {
+			h.wake()
+		}
 	}
 	w.ops.Wait()
 	c.settle(time.Minute)

@@ -43,7 +43,7 @@ func (d *Driver) restoreRecord(ctx context.Context, ds *dataset, r record) {
 	if vol, ok := d.recall(r.Name); ok && vol.ID == r.ID {
 		ds.vol = vol
 	} else {
-		ds.vol = ownership.Volume{ID: r.ID, Name: r.Name}
+		ds.vol = ownership.Volume{ID: r.ID, Name: r.Name, Backend: r.Backend}
 	}
 	// A new boot voids the Mount calls: their containers are gone.
 	ds.refs = refs{}
@@ -106,6 +106,9 @@ func (d *Driver) findAttachment(ctx context.Context, ds *dataset) error {
 		return err
 	}
 	ds.mounted = device != "" && ds.att != nil && device == ds.att.Device
+	if ds.stray = ""; !ds.mounted {
+		ds.stray = device
+	}
 	// Without an attachment, whoever had the token may have begun to release it.
 	ds.doubt = ds.att == nil || ds.oldBoot
 	ds.detaching = (ds.detaching || ds.oldBoot) && ds.att != nil
@@ -192,7 +195,7 @@ func (d *Driver) dropForeign(ctx context.Context, ds *dataset, backend backends.
 			return
 		}
 	}
-	if err := d.cfg.Mounter.Close(ctx, att.Device); err != nil {
+	if err := d.cfg.Mounter.Close(ctx, att.Device); err != nil && !errors.Is(err, mount.ErrUnwritten) {
 		log.Errorf("%s is attached under token %d, which is over, and in use: %v", att.Device, att.Token, err)
 		return
 	}

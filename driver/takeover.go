@@ -170,7 +170,7 @@ func (d *Driver) finishTakeover(ctx context.Context, ds *dataset) (err error) {
 	if err != nil {
 		return d.explain(ds.vol.Name, err)
 	}
-	ds.vol, ds.token, ds.pending, ds.fault = vol, owner.Token, nil, ""
+	ds.vol, ds.token, ds.pending, ds.former, ds.fault = vol, owner.Token, nil, &from, ""
 	d.log.WithField("volume", vol.Name).Warnf("taken over from host %s (token %d), which was cut off: %s", from.Host, from.Token, evidence)
 	return nil
 }
@@ -203,6 +203,16 @@ func (d *Driver) fence(ctx context.Context, ds *dataset, from ownership.Pending)
 			ds.vol.Name, from.Host, err)
 	}
 	return evidence, nil
+}
+
+// refence cuts the former owner off once more, whose attach was on its way when it
+// was cut off and has arrived since. False if it is not that.
+func (d *Driver) refence(ctx context.Context, ds *dataset, other *backends.AttachedError) (bool, error) {
+	if ds.former == nil || other.Node != ds.former.Node || other.Token > ds.former.Token {
+		return false, nil
+	}
+	_, err := d.fence(ctx, ds, *ds.former)
+	return true, err
 }
 
 // fencedByHand is the fence of storage that has none: the operator's word that the
@@ -291,7 +301,7 @@ func (d *Driver) lose(ctx context.Context, ds *dataset) {
 // killContainers kills what uses a lost volume, unless Docker may mean another
 // volume of that name by now.
 func (d *Driver) killContainers(ctx context.Context, ds *dataset) ([]string, error) {
-	if d.cfg.Docker == nil || ds.vol.Name == "" || ds.att == nil && !ds.mounted {
+	if d.cfg.Docker == nil || ds.vol.Name == "" || ds.att == nil && ds.stray == "" {
 		return nil, nil
 	}
 	if other := d.byName(ds.vol.Name); other != nil && other != ds {

@@ -5,8 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -67,13 +69,8 @@ func (c *cluster) watchStorage() {
 			owner, ok := c.owner(att.Volume)
 			return ok && owner.Node == att.Node && owner.Token == att.Token
 		},
-		Pulled: func(att backends.Attachment) { c.disks.SetCut(att.Device, byID(att.Node).name, true) },
-	})
-	c.storage.SetFault(func(_ context.Context, call backendtest.Call) error {
-		if call.Method == "Attach" && call.Done {
-			c.disks.SetCut(backendtest.DevicePrefix+call.Ref, byID(call.Node).name, false)
-		}
-		return nil
+		Attached: func(att backends.Attachment) { c.disks.SetCut(att.Device, byID(att.Node).name, false) },
+		Pulled:   func(att backends.Attachment) { c.disks.SetCut(att.Device, byID(att.Node).name, true) },
 	})
 }
 
@@ -159,7 +156,7 @@ func TestTakeOverFromPartitionedHost(t *testing.T) {
 		a.mount("db", "id1")
 		a.docker.set("db", "web")
 		release := a.kernel.Hold(c.device("db"))
-		a.docker.onKill = func() { release() }
+		a.docker.onKill = func(string) { release() }
 		a.partition(true)
 		c.settle(20 * time.Second)
 		a.mustWrite("db") // nobody wants it, so nothing happens
@@ -199,7 +196,7 @@ func TestLoserShutsDownBeforeItKills(t *testing.T) {
 			}
 			return nil
 		})
-		a.docker.onKill = func() { order = append(order, "kill") }
+		a.docker.onKill = func(string) { order = append(order, "kill") }
 		a.partition(true)
 		b.mount("db", "id2")
 		a.partition(false)
@@ -427,7 +424,6 @@ func TestTakerKilledAtEveryStep(t *testing.T) {
 					a.kill()
 					c.settle(20 * time.Second)
 					b.killedAt(step, after, func() { _, _ = b.Mount(context.Background(), "db", "id2") })
-					c.watchStorage()
 					again, stop := context.WithTimeout(t.Context(), 5*time.Minute)
 					defer stop()
 					if _, err := b.Mount(again, "db", "id3"); err != nil {
@@ -468,6 +464,44 @@ func TestAttachmentOfAnOlderBoot(t *testing.T) {
 	})
 }
 
+// The owner died while its attach was on its way to the storage, which lets one node
+// attach: it arrives after the fence and before the attach of the one who takes over.
+func TestAttachThatArrivesAfterTheFence(t *testing.T) {
+	inCluster(t, twoNodes, func(cfg *driver.Config) { cfg.Hold = hold }, func(t *testing.T, c *cluster) {
+		c.use(exclusive)
+		a, b := c.nodes["a"], c.nodes["b"]
+		a.create("db", nil)
+		var arrived atomic.Bool
+		c.storage.Inject(func(call backendtest.Call) (f backendtest.Fault) {
+			switch {
+			case call.Method == "Attach" && call.Node == a.id.ID:
+				f.Late = 20 * time.Second
+			case call.Method == "Attach" && !arrived.Swap(true):
+				f.Latency = 20 * time.Second
+			}
+			return f
+		})
+		c.storage.SetFault(func(_ context.Context, call backendtest.Call) error {
+			if call.Method == "Attach" && call.Node == a.id.ID && call.Done {
+				runtime.Goexit() // nobody is there any more
+			}
+			return nil
+		})
+		go func() { _, _ = a.Mount(context.Background(), "db", "id1") }()
+		c.settle(time.Second)
+		a.kill()
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Second)
+		defer cancel()
+		if _, err := b.Mount(ctx, "db", "id2"); err != nil {
+			t.Fatal(err)
+		}
+		b.mustWrite("db")
+		if n := c.storage.Calls()["Fence"]; n != 2 {
+			t.Errorf("fenced %d times, want twice", n)
+		}
+	})
+}
+
 // A volume whose data is in doubt is taken out of service until a person says so.
 func TestQuarantine(t *testing.T) {
 	onFencingStorage(t, twoNodes, func(t *testing.T, c *cluster) {
@@ -496,6 +530,24 @@ func TestQuarantine(t *testing.T) {
 		}
 		b.mount("db", "id4")
 		wantError(t, b.Reinstate(t.Context(), "db"), "volume db", "not quarantined")
+	})
+}
+
+// The device of an owner fails for good: what it did not take is lost, and the
+// volume is given away only as one whose data is in doubt.
+func TestQuarantineOfLastWrites(t *testing.T) {
+	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
+		a, b := c.nodes["a"], c.nodes["b"]
+		a.create("db", nil)
+		a.mount("db", "id1")
+		c.disks.SetCut(c.device("db"), "a", true)
+		if err := a.Unmount(t.Context(), "db", "id1"); !errors.Is(err, mount.ErrUnwritten) {
+			t.Errorf("unmount: %v, want that the last writes may be lost", err)
+		}
+		c.settle(time.Minute)
+		c.wantNothing()
+		_, err := b.Mount(t.Context(), "db", "id2")
+		wantError(t, err, "volume db is quarantined: ", "last writes may be lost", "docker flocker volume reinstate db")
 	})
 }
 
