@@ -155,8 +155,7 @@ func (m *Map) followPeers(ctx context.Context) (whole bool) {
 	again := time.NewTicker(recheck)
 	defer again.Stop()
 	changes := m.store.Watch(ctx, m.live(""), true, 0)
-	var listed int64 // what happened up to then is in the list
-	for {
+	for list := true; ; {
 		var events []Event
 		select {
 		case res, ok := <-changes:
@@ -166,21 +165,20 @@ func (m *Map) followPeers(ctx context.Context) (whole bool) {
 			begins.Stop()
 			events = res.Events
 		case <-again.C:
-			listed = 0
+			list = true
 		}
-		if listed == 0 {
-			// After the watch has begun: nothing can happen in between unseen.
+		if list {
+			// After the watch has begun: nothing can happen in between unseen. What is
+			// reported although it is in the list does no harm.
 			res, err := m.read(ctx, getPrefix(m.live("")))
 			if err != nil {
 				return whole
 			}
 			m.peers.list(res.Results[0].KVs, m.cfg.Now())
-			listed, whole = res.Revision, true
+			list, whole = false, true
 		}
 		for _, ev := range events {
-			if ev.KV.ModRevision > listed {
-				m.peers.see(ev, m.cfg.Now())
-			}
+			m.peers.see(ev, m.cfg.Now())
 		}
 	}
 }

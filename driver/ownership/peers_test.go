@@ -89,6 +89,14 @@ func TestSilence(t *testing.T) {
 			b.faults.CutWatches()
 			time.Sleep(5 * time.Second)
 		}},
+		{name: "the watch hung for a while", most: 5 * time.Second, happens: func(b bed) {
+			time.Sleep(7 * time.Second)
+			b.faults.Inject(func(call string) ownership.Fault { return ownership.Fault{Hang: call == "watch"} })
+			b.faults.CutWatches()
+			time.Sleep(5 * time.Second)
+			b.faults.Inject(nil)
+			time.Sleep(5 * time.Second)
+		}},
 		{name: "the list cannot be read", not: true, happens: func(b bed) {
 			time.Sleep(7 * time.Second)
 			b.faults.Inject(func(call string) ownership.Fault { return ownership.Fault{Refused: call == "read"} })

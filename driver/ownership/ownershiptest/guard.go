@@ -223,4 +223,19 @@ func acceptRestoreRefused(r *rig) {
 		r.Errorf("generation is %d, want 4", gen)
 	}
 	n.registered()
+
+	// Others have accepted, before this node knows of it and while it does the same.
+	n.stop()
+	r.put(`{"cluster":"mine","gen":9,"schema":1}`, "meta")
+	gen, err = n.AcceptRestore(r.Context())
+	r.ok(err)
+	if gen != 10 {
+		r.Errorf("generation is %d, want 10", gen)
+	}
+	n.meanwhile(func() { r.put(`{"cluster":"mine","gen":41,"schema":1}`, "meta") })
+	gen, err = n.AcceptRestore(r.Context())
+	r.ok(err)
+	if meta := string(r.keys("meta")[0].Value); gen != 41 || meta != `{"cluster":"mine","gen":41,"schema":1}` {
+		r.Errorf("generation is %d and in etcd %s, want 41", gen, meta)
+	}
 }
