@@ -212,3 +212,16 @@ func TestAttribute(t *testing.T) {
 		}
 	}
 }
+
+func TestTakeovers(t *testing.T) {
+	const log = `time="2026-11-22T02:09:40Z" level=info msg="level=info msg=done mount_id=2126ad7dd0ae op=mount took=404.75ms volume=db" plugin=2b07
+time="2026-11-22T02:09:47Z" level=info msg="level=warning msg=\"taken over from host host3 (token 18), which was cut off: 1 data servers\" volume=db" plugin=2b07
+time="2026-11-22T02:09:47Z" level=info msg="level=info msg=done mount_id=273b6597f93a op=mount took=5.14ms volume=other" plugin=2b07
+time="2026-11-22T02:09:47Z" level=info msg="level=warning msg=failed err=\"no\" mount_id=273b6597f93a op=mount took=3.00ms volume=db" plugin=2b07
+time="2026-11-22T02:09:48Z" level=info msg="level=info msg=done mount_id=273b6597f93a op=mount took=514.62ms volume=db" plugin=2b07
+time="2026-11-22T02:09:49Z" level=info msg="level=info msg=done mount_id=273b6597f93a op=mount took=6.00ms volume=db" plugin=2b07
+`
+	if got := takeovers(log); len(got) != 1 || got[0] != 514620*time.Microsecond {
+		t.Errorf("the Mounts with a takeover took %v, want 514.62ms", got)
+	}
+}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -29,6 +30,7 @@ type report struct {
 	takeovers      int
 	unknownTimes   int
 	outages        map[string][]time.Duration // by fault
+	tookOver       []time.Duration            // the plugins' Mounts with a takeover
 	violations     []history.Violation
 	notes          []string
 	kept           string
@@ -71,13 +73,13 @@ func (r *run) check(ctx context.Context) (*report, error) {
 		p.verified += verified
 		add(found...)
 	}
-	add(r.panics()...)
+	add(r.readLogs(p)...)
 	p.outages = attribute(history.Outages(all, outage), r.injected)
 	return p, nil
 }
 
 // outage is how long nothing may be written to a volume before it counts as one.
-const outage = 2 * time.Second
+const outage = time.Second
 
 func (p *report) count(all []*history.Incarnation, changes []history.Change) {
 	for _, i := range all {
@@ -110,13 +112,15 @@ func (p *report) count(all []*history.Incarnation, changes []history.Change) {
 	}
 }
 
-// panics finds the ends of plugins that nobody killed.
-func (r *run) panics() (found []history.Violation) {
+// readLogs takes from the plugins' logs how long takeovers took, and finds the ends of
+// plugins that nobody killed.
+func (r *run) readLogs(p *report) (found []history.Violation) {
 	for _, h := range r.rig.Hosts {
 		log, err := os.ReadFile(filepath.Join(h.Dir, "dockerd.log"))
 		if err != nil {
 			found = append(found, history.Violation{Check: "plugin", Text: err.Error()})
 		}
+		p.tookOver = append(p.tookOver, takeovers(string(log))...)
 		for line := range strings.Lines(string(log)) {
 			if strings.Contains(line, " plugin=") && (strings.Contains(line, "panic:") || strings.Contains(line, "fatal error:") || strings.Contains(line, "DATA RACE")) {
 				found = append(found, history.Violation{Check: "plugin", Text: h.Name + ": " + strings.TrimSpace(line)})
@@ -124,6 +128,28 @@ func (r *run) panics() (found []history.Violation) {
 		}
 	}
 	return found
+}
+
+var (
+	takenOver = regexp.MustCompile(`taken over from host .* volume=([^ "]+)`)
+	mounted   = regexp.MustCompile(`msg=done .*op=mount took=([0-9.]+m?s) volume=([^ "]+)`)
+)
+
+// takeovers finds in a log how long those Mounts took in which a volume was taken
+// over from a dead host.
+func takeovers(log string) (took []time.Duration) {
+	taken := map[string]bool{}
+	for line := range strings.Lines(log) {
+		if m := takenOver.FindStringSubmatch(line); m != nil {
+			taken[m[1]] = true
+		} else if m := mounted.FindStringSubmatch(line); m != nil && taken[m[2]] {
+			delete(taken, m[2])
+			if d, err := time.ParseDuration(m[1]); err == nil {
+				took = append(took, d)
+			}
+		}
+	}
+	return took
 }
 
 // lag is how long before a fault an outage it causes may seem to begin, and for how
@@ -230,6 +256,12 @@ func (p *report) markdown() string {
 		}
 	}
 	line("all", len(r.injected), every)
+	if len(p.tookOver) > 0 {
+		slices.Sort(p.tookOver)
+		say("")
+		say("The plugin's Mount that takes a volume over from a dead host, which Swarm asks for when it has noticed: p50 %v, longest %v of %d.",
+			p.tookOver[(len(p.tookOver)-1)/2].Round(time.Millisecond), p.tookOver[len(p.tookOver)-1].Round(time.Millisecond), len(p.tookOver))
+	}
 	if len(p.notes) > 0 {
 		say("")
 		say("Notes:")

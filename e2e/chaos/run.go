@@ -152,6 +152,10 @@ func (r *run) start(ctx context.Context) error {
 	if _, err := r.rig.Hosts[0].Docker(ctx, "node", "promote", "host2", "host3"); err != nil {
 		return err
 	}
+	// By default Swarm takes a host for dead after 15 s, later than Flocker does.
+	if _, err := r.rig.Hosts[0].Docker(ctx, "swarm", "update", "--dispatcher-heartbeat", "2s"); err != nil {
+		return err
+	}
 	for _, v := range r.volumes {
 		if err := r.serve(ctx, v); err != nil {
 			return err
