@@ -51,6 +51,26 @@ func putBack(revision, before int64) error {
 	return fmt.Errorf("etcd is at revision %d and was at %d before: it has been put back to an older state; %s", revision, before, accept)
 }
 
+// leap is how far the revision cannot go between two answers that one process gets:
+// etcd makes some ten thousand a second, and a process asks twice a minute. A backup
+// that is restored with --bump-revision leaps by a thousand million, and what it says
+// is as old as without.
+const leap = 100_000_000
+
+func leapt(revision, before int64) error {
+	return fmt.Errorf("etcd is at revision %d and was at %d a moment before: it has been put back to an older state, with its revision raised; %s", revision, before, accept)
+}
+
+// running says that this process has been registered before.
+func (m *Map) running() bool {
+	select {
+	case <-m.registered:
+		return true
+	default:
+		return false
+	}
+}
+
 // join reads meta, or makes it, and refuses a cluster that is not the one this
 // node knows.
 func (m *Map) join(ctx context.Context) error {
@@ -71,8 +91,10 @@ func (m *Map) join(ctx context.Context) error {
 	if m.unsafe = err; err != nil {
 		return err
 	}
-	if found.Gen > known.Gen {
+	if found.Gen > known.Gen || !m.running() {
 		m.revision.Store(res.Revision)
+	}
+	if found.Gen > known.Gen {
 		m.older = false
 	}
 	m.meta = found
@@ -102,8 +124,13 @@ func (m *Map) judge(known Seen, fresh meta, res TxnResult) (meta, error) {
 		m.older = true
 		m.mu.Unlock()
 		return meta{}, putBack(res.Revision, known.Revision)
+	case m.running() && res.Revision-known.Revision > leap:
+		m.mu.Lock()
+		m.older = true
+		m.mu.Unlock()
+		return meta{}, leapt(res.Revision, known.Revision)
 	case known.Older:
-		return meta{}, fmt.Errorf("etcd was put back to an older state, which has gone on since (revision %d): %s", res.Revision, accept)
+		return meta{}, fmt.Errorf("etcd was put back to an older state, which has gone on since (revision %d); %s", res.Revision, accept)
 	}
 	return found, nil
 }

@@ -203,6 +203,8 @@ func (m *Map) send(ctx context.Context, txn Txn, budget time.Duration) (TxnResul
 		return TxnResult{}, err
 	case res.Revision < min(before, m.revision.Load()): // it is lowered by a restore that was accepted
 		return TxnResult{}, m.distrust(putBack(res.Revision, before))
+	case m.running() && res.Revision-max(before, m.revision.Load()) > leap:
+		return TxnResult{}, m.distrust(leapt(res.Revision, before))
 	}
 	m.observe(res.Revision)
 	return res, nil

@@ -108,7 +108,7 @@ func TestRestore(t *testing.T) {
 
 	t.Run("older", func(t *testing.T) {
 		c.restore(t, backup, 0)
-		const want = "it has been put back to an older state; restore a newer backup; or, if there is none, stop every container that uses a volume, and type: docker flocker cluster accept-restore"
+		const want = "restore a newer backup; or, if there is none, stop every container that uses a volume, and type: docker flocker cluster accept-restore"
 		for _, a := range w.agents {
 			// Whoever asks nothing notices a minute later only.
 			_, err := a.now().View(ctx, "v0")
@@ -180,6 +180,16 @@ func TestRestore(t *testing.T) {
 		wake := b.now().WatchVolume(watch, "v1")
 		const bump = 1_000_000_000
 		c.restore(t, backup, bump)
+		const want = "with its revision raised; restore a newer backup; or, if there is none, stop every container that uses a volume, and type: docker flocker cluster accept-restore"
+		for _, a := range w.agents {
+			err := a.now().Check(ctx, "v1", later.Token) // it is in no backup, and a container may use it
+			if unsafe := a.now().Unsafe(); !errors.Is(err, ownership.ErrUnavailable) || unsafe == nil || !strings.HasSuffix(unsafe.Error(), want) {
+				t.Errorf("node %s got error %v, and says of etcd: %v", a.id, err, unsafe)
+			}
+		}
+		if gen, err := b.now().AcceptRestore(ctx); err != nil {
+			t.Fatal(gen, err)
+		}
 		allLive()
 		if err := a.now().Check(ctx, "v1", later.Token); !errors.Is(err, ownership.ErrLost) {
 			t.Errorf("what was claimed after the backup: got error %v", err)
