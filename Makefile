@@ -117,6 +117,23 @@ test-unit: ## all but the tests with Docker hosts
 test-e2e: ## the tests with Docker hosts; RUN=TestName for some of them
 	$(GO) test -race -tags e2e -p 1 -count 1 -timeout 45m $(if $(RUN),-run '$(RUN)') ./e2e/...
 
+# The four layers of proof. The first three are in make test as well, shorter.
+.PHONY: model
+model: ## every interleaving of a model of the protocol, and of its broken variants
+	$(GO) test -count 1 -v -timeout 20m ./driver/ownership/model
+
+.PHONY: sim
+sim: ## the real code on everything in memory, with faults; SEEDS=n, SEED=first
+	$(GO) test -count 1 -timeout 60m ./driver -run 'TestRandom|TestKilled|TestTaker' -seed $(or $(SEED),1) -seeds $(or $(SEEDS),300)
+
+.PHONY: test-etcd
+test-etcd: ## ownership on three real etcd members that are killed, paused, cut off, restored
+	$(GO) test -race -count 1 -v -timeout 20m ./driver/ownership/robustness
+
+.PHONY: chaos
+chaos: deps plugin-teststore ## real hosts, broken at random while services write; TIME=10m, ARGS='-seed 7 -report FILE'
+	$(GO) run ./e2e/chaos -backend both -time $(or $(TIME),10m) $(ARGS)
+
 .PHONY: fuzz
 fuzz: ## each fuzz test for FUZZTIME (30s)
 	for dir in $$($(GO) list -f '{{.Dir}}' ./...); do \
