@@ -320,6 +320,11 @@ func seizeRebooted(r *rig) {
 		r.stays(o)
 	}
 	refused("host host-a was not restarted")
+	guessed := o
+	guessed.Boot = "boot-guessed"
+	_, _, err := b.Seize(r.Context(), guessed, ownership.GroundsRebooted)
+	r.is(err, ownership.ErrConflict)
+	r.stays(o)
 	next := r.join30(restarted("a"))
 	refused("host host-a is live")
 	next.dies()
@@ -327,7 +332,7 @@ func seizeRebooted(r *rig) {
 	if p.Pending.Grounds != ownership.GroundsRebooted || p.Pending.Boot != "boot-a" {
 		r.Errorf("pending is %+v", p.Pending)
 	}
-	_, _, err := b.Settle(r.Context(), p, "restarted")
+	_, _, err = b.Settle(r.Context(), p, "restarted")
 	r.ok(err)
 }
 
@@ -417,6 +422,8 @@ func seizeNotSettled(r *rig) {
 		r.says(err, "its takeover from host host-a is not finished")
 	}
 	_, _, err := c.Settle(r.Context(), p, "not mine")
+	r.is(err, ownership.ErrLost)
+	_, _, err = c.Retake(r.Context(), ownership.Owner{Volume: v.ID, Node: "c", Token: p.Token})
 	r.is(err, ownership.ErrLost)
 	older := p
 	older.Token = o.Token

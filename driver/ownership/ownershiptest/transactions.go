@@ -990,7 +990,9 @@ func audit(r *rig) {
 	if got, want := len(lines), 7; got != want {
 		r.Errorf("got %d audit lines, want %d", got, want)
 	}
-	// The lease of the lines is not something to fail for.
+	// The lease of the lines is not something to fail for. A renewal would get another.
+	a.stop()
+	b.stop()
 	for _, line := range lines {
 		if line.Lease == 0 {
 			r.Fatalf("%s is on no lease", line.Key)
