@@ -79,7 +79,7 @@ func (i *initiator) watch(ctx context.Context) {
 }
 
 // compare makes the devices what the server grants, as far as it can: without the
-// server they stay as they are, and so does one that somebody else works on.
+// server they stay as they are, and so does one that somebody else works on for long.
 func (i *initiator) compare(ctx context.Context, login bool) error {
 	// First the devices: the grant of one that is here already cannot come later.
 	found, err := devices(i.name)
@@ -96,10 +96,14 @@ func (i *initiator) compare(ctx context.Context, login bool) error {
 	errs := make([]error, len(found)+len(reply.Grants))
 	try := func(n int, grant string, do func() error) {
 		wg.Go(func() {
-			if mu := i.lock(grant); mu.TryLock() {
-				defer mu.Unlock()
-				errs[n] = do()
+			mu := i.lock(grant)
+			for begin := time.Now(); !mu.TryLock(); wait(ctx, 5*time.Millisecond) {
+				if time.Since(begin) > settle || ctx.Err() != nil {
+					return
+				}
 			}
+			defer mu.Unlock()
+			errs[n] = do()
 		})
 	}
 	for n, d := range found {
@@ -166,32 +170,19 @@ func (i *initiator) login(ctx context.Context, g teststore.Grant) (device, error
 }
 
 func (i *initiator) disconnect(ctx context.Context, req teststore.Request) (teststore.Reply, error) {
-	for last := false; ; last = true {
-		// What the host has been cut off from needs no care for its data. If the server
-		// does not answer, the last call says so.
-		_ = i.compare(ctx, false)
-		err := i.remove(ctx, req)
-		if err == nil {
-			break
+	found, err := devices(i.name)
+	if err != nil {
+		return teststore.Reply{}, err
+	}
+	for _, d := range found {
+		if d.Ref == req.Ref && d.Token == req.Token && (req.Grant == "" || d.Grant == req.Grant) {
+			if err := i.logout(ctx, d); err != nil {
+				return teststore.Reply{}, err
+			}
 		}
-		if last || !errors.Is(err, backends.ErrUnavailable) {
-			return teststore.Reply{}, err
-		}
-		// It may just have been cut off.
 	}
 	req.Caller = i.name
 	return i.server.Call(ctx, teststore.OpDetach, req)
-}
-
-// remove removes the devices that a request means.
-func (i *initiator) remove(ctx context.Context, req teststore.Request) error {
-	found, err := devices(i.name)
-	for _, d := range found {
-		if err == nil && d.Ref == req.Ref && d.Token == req.Token && (req.Grant == "" || d.Grant == req.Grant) {
-			err = i.logout(ctx, d)
-		}
-	}
-	return err
 }
 
 func (i *initiator) logout(ctx context.Context, d device) error {
