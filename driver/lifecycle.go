@@ -269,7 +269,7 @@ func (d *Driver) mountFilesystem(ctx context.Context, ds *dataset, undo *undoSta
 	if !ds.vol.Formatted {
 		err := d.cfg.Mounter.Format(ctx, mount.FormatSpec{
 			Device: ds.att.Device, FS: ds.vol.FS, UUID: ds.id, Label: ds.vol.Name, Options: ds.vol.Mkfs,
-			Guard: d.unfenceable(ds),
+			Guard: d.guarded(ds),
 		})
 		if err != nil {
 			return fmt.Errorf("format volume %s: %w", ds.vol.Name, err)
@@ -284,15 +284,11 @@ func (d *Driver) mountFilesystem(ctx context.Context, ds *dataset, undo *undoSta
 	return d.mountFormatted(ctx, ds, undo)
 }
 
-// unfenceable says that nothing but the protocol keeps another host from writing
-// the volume. Its filesystem then has a protection of its own, as an alarm.
-func (d *Driver) unfenceable(ds *dataset) bool {
+// guarded says that the volume's filesystem gets a protection of its own against a
+// second host, as an alarm: where nothing but the protocol keeps one from writing.
+func (d *Driver) guarded(ds *dataset) bool {
 	backend, err := d.backend(ds.vol.Backend)
-	if err != nil {
-		return true
-	}
-	class := backend.Properties().Class
-	return class == backends.ClassNone || class == backends.ClassNodeFence
+	return err != nil || !canFence(backend)
 }
 
 // mountFormatted mounts what has its filesystem.

@@ -57,8 +57,7 @@ func (d *Driver) claim(ctx context.Context, ds *dataset, purpose string) error {
 			return d.explain(ds.vol.Name, err)
 		}
 		ds.vol = held.Volume
-		switch {
-		case held.Owner.Node == d.cfg.Node.ID:
+		if held.Owner.Node == d.cfg.Node.ID {
 			if err := d.takeUp(ctx, ds, held.Owner); !errors.Is(err, ownership.ErrLost) {
 				return err
 			}

@@ -94,7 +94,7 @@ func (d *Driver) parse(name string, values map[string]string) (ownership.Volume,
 		return none, fmt.Errorf("option mount: %w", err)
 	}
 	if o.Split == "failover" {
-		return none, noFailover(backendName, backend.Properties().Class)
+		return none, noFailover(backend)
 	}
 	return ownership.Volume{
 		ID: uuid.NewString(), Name: name, Backend: backendName, Size: size, FS: o.FS,
@@ -109,12 +109,13 @@ func (d *Driver) parse(name string, values map[string]string) (ownership.Volume,
 // so that another may start them, on a clock alone. It would need an upper bound
 // for the life of a write that was already sent, and a host that cannot be paused
 // past its watchdog; no storage here has that bound.
-func noFailover(backend string, class backends.Class) error {
-	if class == backends.ClassExclusive || class == backends.ClassFenced {
-		return fmt.Errorf("option on-partition: failover is not needed on backend %s: it cuts a silent host off from the volume by itself, and another takes over", backend)
+func noFailover(backend backends.Backend) error {
+	name := backend.Properties().Name
+	if canFence(backend) {
+		return fmt.Errorf("option on-partition: failover is not needed on backend %s: it cuts a silent host off from the volume by itself, and another takes over", name)
 	}
 	return fmt.Errorf("option on-partition: failover is refused on backend %s: nothing bounds how late a write of the silent host may still arrive there, "+
-		"so no waiting time keeps two hosts from writing; use keep, and a storage that can cut hosts off", backend)
+		"so no waiting time keeps two hosts from writing; use keep, and a storage that can cut hosts off", name)
 }
 
 // fitSize rounds a size up to what the backend can make, and refuses what it or

@@ -192,7 +192,7 @@ func (h *host) live(cfg *driver.Config) {
 // it, calls take effect late, twice, or without an answer. One that names no
 // attachment is not sent twice: nobody could tell a duplicate of a call that has been
 // answered, so such a backend must not let its client repeat calls.
-func (w *world) late(call backendtest.Call) (f backendtest.Fault) {
+func (w *world) late(backendtest.Call) (f backendtest.Fault) {
 	if !slices.ContainsFunc(w.hosts, func(h *host) bool { return h.storage.Load() > 0 }) {
 		return f
 	}

@@ -65,6 +65,7 @@ func (d *Driver) grounds(ctx context.Context, held *ownership.HeldError, purpose
 	if err != nil {
 		return "", err
 	}
+	byHand := fmt.Sprintf("make sure host %s is switched off, then type: %s", owner.Host, confirmCommand(owner.Host))
 	death, err := d.cfg.Map.Died(ctx, owner.Node, owner.Boot)
 	switch {
 	case err != nil:
@@ -72,10 +73,12 @@ func (d *Driver) grounds(ctx context.Context, held *ownership.HeldError, purpose
 	case death != nil:
 		return ownership.GroundsConfirmed, nil
 	case purpose == removing:
-		return "", d.deadOwner(held, "it may be in use there, so it was not removed: bring host "+owner.Host+
-			" back, or mount the volume on another host first, which takes it over")
-	}
-	if class := backend.Properties().Class; class == backends.ClassExclusive || class == backends.ClassFenced {
+		way := "mount the volume on another host first, which takes it over"
+		if !canFence(backend) {
+			way = byHand
+		}
+		return "", d.deadOwner(held, "it may be in use there, so it was not removed: bring host "+owner.Host+" back; or "+way)
+	case canFence(backend):
 		if err := d.cfg.Map.Storm(); err != nil {
 			return "", d.deadOwner(held, err.Error())
 		}
@@ -88,8 +91,13 @@ func (d *Driver) grounds(ctx context.Context, held *ownership.HeldError, purpose
 	if rebooted {
 		return ownership.GroundsRebooted, d.awaitSilence(ctx, held)
 	}
-	return "", d.deadOwner(held, fmt.Sprintf("%s cannot cut it off, so nothing was changed: make sure host %s is switched off, then type: %s",
-		held.Volume.Backend, owner.Host, confirmCommand(owner.Host)))
+	return "", d.deadOwner(held, held.Volume.Backend+" cannot cut it off, so nothing was changed: "+byHand)
+}
+
+// canFence says that the storage itself can keep a host from writing a volume.
+func canFence(backend backends.Backend) bool {
+	class := backend.Properties().Class
+	return class == backends.ClassExclusive || class == backends.ClassFenced
 }
 
 // confirmCommand is what an operator types to say that a host is dead.

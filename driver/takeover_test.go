@@ -267,7 +267,7 @@ func TestDeadHostOnStorageThatCannotFence(t *testing.T) {
 			t.Errorf("state %v, want owner not responding", s["state"])
 		}
 		wantError(t, b.Remove(t.Context(), "db"), "volume db is owned by host a, which has not been heard from for ",
-			"it may be in use there, so it was not removed: bring host a back, or mount the volume on another host first")
+			"it may be in use there, so it was not removed: bring host a back; or make sure host a is switched off, then type: docker flocker node confirm-dead a")
 
 		a.kernel.Reboot() // it is switched off
 		c.storage.Reboot(a.id.ID)

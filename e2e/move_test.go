@@ -182,7 +182,7 @@ func (c *cluster) testOwnerDies(t *testing.T, container, volume string) {
 	if got := refused(t, two, want, volumeRun("", volume, "--rm")...); !strings.Contains(got, dead) {
 		t.Errorf("refused with %q, want %q", got, dead)
 	}
-	refused(t, two, "it may be in use there, so it was not removed: bring host host1 back, or mount the volume on another host first", "volume", "rm", volume)
+	refused(t, two, "it may be in use there, so it was not removed: bring host host1 back; or make sure host host1 is switched off", "volume", "rm", volume)
 	if err := one.Boot(ctx); err != nil {
 		t.Fatal(err)
 	}
