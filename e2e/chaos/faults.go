@@ -82,6 +82,10 @@ var faults = []*fault{
 		least: time.Second, most: 45 * time.Second, inject: partitionHost,
 	},
 	{
+		name: "host isolated", help: "no packets from and to etcd and the other hosts: it is taken for dead, and writes on", weight: 4, where: onHost,
+		least: 5 * time.Second, most: 45 * time.Second, inject: isolateHost,
+	},
+	{
 		name: "host cut off from etcd", help: "packets to etcd are dropped, all else works", weight: 2, where: onHost,
 		least: time.Second, most: 45 * time.Second, inject: cutOff("etcd"),
 	},
@@ -348,6 +352,28 @@ func pauseHost(_ context.Context, _ *run, _ step, i *injected) error {
 func partitionHost(ctx context.Context, _ *run, _ step, i *injected) error {
 	i.undo = i.host.Heal
 	return i.host.Partition(ctx)
+}
+
+// isolateHost leaves a host nothing but its storage.
+func isolateHost(ctx context.Context, r *run, _ step, i *injected) error {
+	ctx, cancel := context.WithTimeout(ctx, brief)
+	defer cancel()
+	i.undo = i.host.Heal
+	if err := i.host.Cut(ctx, "etcd"); err != nil {
+		return err
+	}
+	for _, other := range r.rig.Hosts {
+		if other == i.host {
+			continue
+		}
+		for _, direction := range []string{"-s", "-d"} {
+			// Heal empties the chain that Cut has made.
+			if _, err := i.host.Exec(ctx, "iptables", "-w", "-A", "cut", direction, other.Addr, "-j", "DROP"); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 func cutOff(from string) func(ctx context.Context, r *run, s step, i *injected) error {
