@@ -506,7 +506,7 @@ func requestOrder(r *rig) {
 }
 
 func requestLeaseEnds(r *rig) {
-	a, b := r.node("a"), r.nodeTTL("b", ttl)
+	a, b := r.node("a"), r.nodeTTL("b", 3*ttl)
 	v := a.volume("v")
 	o := a.claim(v.ID)
 	req := b.ask(o, a)
