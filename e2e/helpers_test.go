@@ -27,6 +27,7 @@ type cluster struct {
 	*rig.Rig
 
 	endpoints []string
+	store     *rig.TestStore // nil unless the plugin is the one that knows it
 }
 
 // onEachEngine runs a test with each Docker Engine there is.
@@ -38,7 +39,8 @@ func onEachEngine(t *testing.T, test func(t *testing.T, engine rig.Engine)) {
 }
 
 // newCluster starts one. The plugin logs every call, makes small volumes and has
-// the settings given.
+// the settings given. A plugin other than the usual one is that of the test storage,
+// which is started for it.
 func newCluster(t *testing.T, cfg rig.Config, settings map[string]string) *cluster {
 	t.Helper()
 	step := stopwatch(t)
@@ -51,6 +53,11 @@ func newCluster(t *testing.T, cfg rig.Config, settings map[string]string) *clust
 		t.Fatal(err, image)
 	}
 	c.endpoints = endpoints
+	if cfg.Plugin != "" {
+		if c.store, err = c.TestStore(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
 	all := map[string]string{
 		"FLOCKER_ETCD_ENDPOINTS": strings.Join(endpoints, ","),
 		"FLOCKER_LOG_LEVEL":      "debug",
