@@ -150,8 +150,8 @@ func TestPutBackWhileRunning(t *testing.T) {
 	})
 }
 
-// One answer that is older than the one before it makes a node look again, and no
-// more.
+// One answer that is older than the one before it, or newer than it can be, makes a
+// node look again, and no more.
 func TestStaleAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := &exchangeable{}
@@ -162,19 +162,22 @@ func TestStaleAnswer(t *testing.T) {
 			t.Fatal(err)
 		}
 		synctest.Wait()
-		store.stale.Store(1)
-		if _, err := m.List(t.Context()); !errors.Is(err, ownership.ErrUnavailable) {
-			t.Errorf("got error %v of a stale answer", err)
-		}
-		if err := m.Live(); err == nil || m.Unsafe() == nil {
-			t.Error("a stale answer made no difference")
-		}
-		time.Sleep(3 * time.Second)
-		if err := m.Live(); err != nil || m.Unsafe() != nil || m.Seen().Older {
-			t.Errorf("after it: %v, %v, %+v", err, m.Unsafe(), m.Seen())
-		}
-		if _, err := m.List(t.Context()); err != nil {
-			t.Error(err)
+		for stale, want := range map[int64]string{1: "it has been put back to an older state; ", -1_000_000_000: "with its revision raised; "} {
+			store.stale.Store(stale)
+			_, err := m.List(t.Context())
+			if !errors.Is(err, ownership.ErrUnavailable) || !strings.Contains(err.Error(), want) {
+				t.Errorf("got error %v of a stale answer, want it to say %q", err, want)
+			}
+			if err := m.Live(); err == nil || m.Unsafe() == nil {
+				t.Error("a stale answer made no difference")
+			}
+			time.Sleep(3 * time.Second)
+			if err := m.Live(); err != nil || m.Unsafe() != nil || m.Seen().Older {
+				t.Errorf("after it: %v, %v, %+v", err, m.Unsafe(), m.Seen())
+			}
+			if _, err := m.List(t.Context()); err != nil {
+				t.Error(err)
+			}
 		}
 	})
 }
