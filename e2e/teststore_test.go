@@ -3,10 +3,12 @@
 package e2e_test
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -388,7 +390,7 @@ func (s storeTest) testPowerCut(t *testing.T) {
 	if err := s.a.Kill(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	wantNoDevices(t, s.a)
+	wantNoDevices(t, s.a.Initiator())
 	if err := s.a.Boot(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -404,18 +406,26 @@ func (s storeTest) testPowerCut(t *testing.T) {
 	v.remove(s.a)
 }
 
-// wantNoDevices demands that a host has no loop devices of the test storage.
-func wantNoDevices(t *testing.T, h *rig.Host) {
+// wantNoDevices demands that an initiator has no loop devices.
+func wantNoDevices(t *testing.T, initiator string) {
+	t.Helper()
+	if found := storeDevices(t, initiator); len(found) > 0 {
+		t.Errorf("%s still has %s", initiator, found)
+	}
+}
+
+func storeDevices(t *testing.T, initiator string) (found []string) {
 	t.Helper()
 	files, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, file := range files {
-		if data, err := os.ReadFile(file); err == nil && strings.Contains(string(data), teststore.FilePrefix(h.Initiator())) {
-			t.Errorf("%s has %s: %s", h.Name, file, data)
+		if data, err := os.ReadFile(file); err == nil && strings.Contains(string(data), teststore.FilePrefix(initiator)) {
+			found = append(found, strings.Split(file, "/")[3])
 		}
 	}
+	return found
 }
 
 // testClose closes the rig while writes wait for a data server that does not answer.
@@ -435,10 +445,118 @@ func (s storeTest) testClose(t *testing.T, r *rig.Rig) {
 		t.Fatal(err)
 	}
 	t.Logf("closed after %s", time.Since(began).Round(10*time.Millisecond))
-	wantNoDevices(t, s.a)
+	wantNoDevices(t, s.a.Initiator())
+	if left := storeProcesses(t, r.Dir); len(left) > 0 {
+		t.Errorf("still there: %q", left)
+	}
+}
+
+// storeProcesses returns the processes that have a rig's directory, or its name, in
+// their arguments.
+func storeProcesses(t *testing.T, dir string) (found []string) {
+	t.Helper()
 	for _, process := range machineState(t) {
-		if strings.HasPrefix(process, "process ") && strings.Contains(process, r.Dir) {
-			t.Errorf("still there: %s", process)
+		if strings.HasPrefix(process, "process ") && strings.Contains(process, dir) {
+			found = append(found, process)
 		}
 	}
+	return found
+}
+
+// TestTestStoreKilled kills a process that runs a rig while a container writes to
+// the test storage.
+func TestTestStoreKilled(t *testing.T) {
+	if os.Getenv("RIG_CHILD") != "" {
+		r := rig.New(t, rig.Config{Logf: func(string, ...any) {}})
+		store, err := r.TestStore(t.Context())
+		if err = errors.Join(err, r.ImportImage(t.Context())); err != nil {
+			t.Fatal(err)
+		}
+		v := storeTest{TestStore: store, a: r.Hosts[0]}.create(t, false)
+		v.attach(r.Hosts[0])
+		v.write(r.Hosts[0]).more()
+		fmt.Println(r.Dir)
+		time.Sleep(time.Minute)
+		return
+	}
+	rig.Require(t, "root", "docker")
+	child := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestTestStoreKilled$")
+	child.Env = append(os.Environ(), "RIG_CHILD=1")
+	out, err := child.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := child.Start(); err != nil {
+		t.Fatal(err)
+	}
+	dir, err := bufio.NewReader(out).ReadString('\n')
+	dir = strings.TrimSpace(dir)
+	initiator := filepath.Base(dir) + "/host1"
+	if len(storeDevices(t, initiator)) != 1 || len(storeProcesses(t, dir)) == 0 {
+		t.Errorf("the child says %q, %v; no device or no process of it is seen", dir, err)
+	}
+	if err := child.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = child.Wait()
+	eventually(t, "the rig's processes end with the one that started it", func() bool {
+		return len(storeProcesses(t, dir)) == 0
+	})
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if err := rig.Sweep(ctx); err != nil {
+		t.Fatal(err)
+	}
+	wantNoDevices(t, initiator)
+	if _, err := os.Stat(dir); !os.IsNotExist(err) {
+		t.Errorf("the rig's directory %s is still there", dir)
+	}
+}
+
+// TestTestStorePlugin uses the test storage through the plugin, as the tests of
+// takeovers do.
+func TestTestStorePlugin(t *testing.T) {
+	dir, err := rig.TestStorePlugin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := newCluster(t, rig.Config{Hosts: 2, Plugin: dir}, map[string]string{"FLOCKER_BACKEND": "teststore", "FLOCKER_LINGER": "1s"})
+	store, err := c.TestStore(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, b := c.Hosts[0], c.Hosts[1]
+	for _, backend := range []string{"teststore", "teststore-fenced"} {
+		t.Run(backend, func(t *testing.T) {
+			a.Run(t, "volume", "create", "-d", "flocker", "-o", "backend="+backend, backend)
+			sh(t, a, backend, "echo one >/data/file")
+			if got := sh(t, b, backend, "cat /data/file"); got != "one" {
+				t.Errorf("the other host reads %q, want %q", got, "one")
+			}
+			// The disk is not the plugin's.
+			b.Run(t, "run", "-d", "--name", backend, "--mount", on(backend), "busybox", "sleep", "1000")
+			if err := errors.Join(b.KillPlugin(t.Context()), b.KillInitiator(t.Context()), store.KillServer(t.Context())); err != nil {
+				t.Fatal(err)
+			}
+			b.Run(t, "exec", backend, "sh", "-c", "echo two >/data/file; sync")
+			if err := errors.Join(store.StartServer(t.Context()), b.StartInitiator(t.Context())); err != nil {
+				t.Fatal(err)
+			}
+			b.Run(t, "exec", backend, "sh", "-c", "echo three >>/data/file; sync")
+			b.Run(t, "rm", "-f", backend)
+			if got := sh(t, a, backend, "cat /data/file"); got != "two\nthree" {
+				t.Errorf("the first host reads %q, want %q", got, "two\nthree")
+			}
+			a.Run(t, "volume", "rm", backend)
+		})
+	}
+	c.wantClean(t)
+	eventually(t, "the server has neither volumes nor grants", func() bool {
+		vols, err := store.Server().Call(t.Context(), teststore.OpList, teststore.Request{})
+		grants, err2 := store.Server().Call(t.Context(), teststore.OpGrants, teststore.Request{})
+		if err := errors.Join(err, err2); err != nil {
+			t.Fatal(err)
+		}
+		return len(vols.Volumes) == 0 && len(grants.Grants) == 0
+	})
 }

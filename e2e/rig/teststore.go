@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"syscall"
@@ -53,7 +54,14 @@ func (r *Rig) TestStore(ctx context.Context) (*TestStore, error) {
 // TestStorePlugin is the directory of the plugin that knows the test storage.
 func TestStorePlugin() (string, error) {
 	root, err := sourceRoot()
-	return filepath.Join(root, "build", "plugin-teststore"), err
+	if err != nil {
+		return "", err
+	}
+	dir := filepath.Join(root, "build", "plugin-teststore")
+	if _, err := os.Stat(dir); err != nil {
+		return "", fmt.Errorf("%w; `make plugin-teststore` makes it", err)
+	}
+	return dir, nil
 }
 
 // Server is the storage's control interface. It is not a host's: no Cut or
