@@ -157,7 +157,7 @@ func (r *rig) join(id ownership.Node, cfg ownership.Config) *node {
 		cfg.TTL = ttl
 	}
 	if cfg.Timeout == 0 {
-		cfg.Timeout = time.Second
+		cfg.Timeout = 3 * time.Second // for a slow machine
 	}
 	n.Map = ownership.New(n.bad, id, cfg)
 	ctx, cancel := context.WithCancel(context.Background())
