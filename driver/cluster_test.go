@@ -337,7 +337,7 @@ func (f *fakeDocker) Using(_ context.Context, volume string) ([]driver.Container
 	return slices.Clone(list), nil
 }
 
-func (f *fakeDocker) Kill(_ context.Context, volume string) ([]string, error) {
+func (f *fakeDocker) Kill(_ context.Context, volume, _ string) ([]string, error) {
 	f.mu.Lock()
 	if f.down {
 		f.mu.Unlock()

@@ -21,8 +21,9 @@ type dataset struct {
 	vol ownership.Volume
 	// token is the ownership token; 0 means that this node does not own it.
 	token int64
-	// verified says that etcd confirmed the token in this process's life.
-	verified bool
+	// verified is the term of registration (ownership.Map.Term) in which etcd last
+	// confirmed the token; 0 if it has not in this process's life.
+	verified int64
 	// doubt says that a release under the token may still be on its way to etcd: an
 	// attempt whose outcome is unknown, or one of an earlier process. The token must
 	// be renewed before anything is attached under it.
@@ -30,8 +31,6 @@ type dataset struct {
 	// pending is whom a takeover still has to cut off: until then the volume is
 	// neither used nor given away.
 	pending *ownership.Pending
-	// former is whom the takeover under this token has cut off.
-	former *ownership.Pending
 	// fault is why the takeover is not finished yet, for people.
 	fault string
 	// late is until when an earlier call to the storage may still take effect.
@@ -78,6 +77,7 @@ type snapshot struct {
 	lost       string
 	pending    string // the host a takeover has to cut off
 	fault      string
+	late       time.Time
 	mounts     int
 	containers []string
 }
@@ -115,7 +115,7 @@ func (ds *dataset) publish() {
 	old := ds.snapshot.Load()
 	s := &snapshot{
 		vol: ds.vol, token: ds.token, attached: ds.att != nil || ds.stray != "", mounted: ds.mounted,
-		lost: ds.lost, fault: ds.fault, mounts: ds.refs.total(),
+		lost: ds.lost, fault: ds.fault, late: ds.late, mounts: ds.refs.total(),
 	}
 	if ds.pending != nil {
 		s.pending = ds.pending.Host

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -29,32 +31,44 @@ var _ Docker = (*Engine)(nil)
 // need be there yet.
 func NewEngine(socket string) *Engine { return &Engine{socket: socket} }
 
-// killLimit bounds the killing of one container: the kernel may have to wait for
-// its disk.
+// killLimit bounds the killing of one container. The Engine answers when it has
+// ended, for which the kernel may have to wait for its disk.
 const killLimit = 15 * time.Second
 
 // Kill kills the containers that are running, paused or restarting and have a
-// volume of this name. After a kill Docker does not restart a container by its
-// policy; Swarm makes a new task.
-func (e *Engine) Kill(ctx context.Context, volume string) (killed []string, err error) {
+// volume of this name, all at once. One that has it from a directory without vid in
+// its path has another volume of that name. After a kill Docker does not restart a
+// container by its policy; Swarm makes a new task.
+func (e *Engine) Kill(ctx context.Context, volume, vid string) (killed []string, err error) {
 	using, err := e.Using(ctx, volume)
-	if err != nil || len(using) == 0 {
+	if err != nil {
 		return nil, err
+	}
+	using = slices.DeleteFunc(using, func(c Container) bool { return c.Source != "" && !strings.Contains(c.Source, vid) })
+	if len(using) == 0 {
+		return nil, nil
 	}
 	api, err := e.dial()
 	if err != nil {
 		return nil, err
 	}
 	defer api.Close()
-	var failed []error
-	for _, c := range using {
-		bounded, cancel := context.WithTimeout(ctx, killLimit)
-		if err := api.ContainerKill(bounded, c.ID, "SIGKILL"); err != nil && !errdefs.IsNotFound(err) && !errdefs.IsConflict(err) {
-			failed = append(failed, fmt.Errorf("kill container %s: %w", c.Name, err))
-		} else {
+	ctx, cancel := context.WithTimeout(ctx, killLimit)
+	defer cancel()
+	failed := make([]error, len(using))
+	var work sync.WaitGroup
+	for i, c := range using {
+		work.Go(func() {
+			if err := api.ContainerKill(ctx, c.ID, "SIGKILL"); err != nil && !errdefs.IsNotFound(err) && !errdefs.IsConflict(err) {
+				failed[i] = fmt.Errorf("kill container %s: %w", c.Name, err)
+			}
+		})
+	}
+	work.Wait()
+	for i, c := range using {
+		if failed[i] == nil {
 			killed = append(killed, c.Name)
 		}
-		cancel()
 	}
 	return killed, errors.Join(failed...)
 }
@@ -92,6 +106,11 @@ func (e *Engine) Using(ctx context.Context, volume string) ([]Container, error) 
 	using := make([]Container, 0, len(found))
 	for _, c := range found {
 		one := Container{ID: c.ID, Name: c.ID[:min(12, len(c.ID))], State: c.State}
+		for _, m := range c.Mounts {
+			if m.Name == volume {
+				one.Source = m.Source
+			}
+		}
 		for _, name := range c.Names {
 			// "/web" is the container's own name; "/other/db" is what a link calls it.
 			if name = strings.TrimPrefix(name, "/"); name != "" && !strings.Contains(name, "/") {

@@ -42,6 +42,8 @@ type Volume struct {
 // Container is a container that uses a volume.
 type Container struct {
 	ID, Name, State string
+	// Source is the directory on the host that it has as the volume, if Docker says.
+	Source string
 }
 
 // Docker is what the driver asks the Docker Engine, in the background only and
@@ -50,9 +52,10 @@ type Docker interface {
 	// Using returns the containers of this host that are running, paused or
 	// restarting and have a volume of this name, within two seconds.
 	Using(ctx context.Context, volume string) ([]Container, error)
-	// Kill kills those containers, and returns the names of those it killed. Docker
-	// does not restart them.
-	Kill(ctx context.Context, volume string) (killed []string, err error)
+	// Kill kills those containers of them that have the volume from a directory with
+	// vid in its path, and returns the names of those it killed. Docker does not
+	// restart them.
+	Kill(ctx context.Context, volume, vid string) (killed []string, err error)
 }
 
 // Config is what a Driver is made of. Durations of zero are really zero.
@@ -327,6 +330,9 @@ func (d *Driver) Unmount(ctx context.Context, name, id string) error {
 	if local == nil {
 		return nil
 	}
+	if local.snapshot.Load().lost != "" {
+		return nil // Docker may be waiting for us with the very kill that lose is waiting for
+	}
 	ds, done := d.hold(local.id)
 	defer done()
 	if err := ds.acquire(ctx); err != nil {
@@ -420,7 +426,7 @@ func (d *Driver) hold(vid string) (ds *dataset, done func()) {
 		if ds.users--; ds.users > 0 {
 			return
 		}
-		if s := ds.snapshot.Load(); s.idle() {
+		if s := ds.snapshot.Load(); s.idle() && time.Now().After(s.late) {
 			delete(d.datasets, vid)
 			if ds.timer != nil {
 				ds.timer.Stop()

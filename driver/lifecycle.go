@@ -73,6 +73,9 @@ func (d *Driver) mount(ctx context.Context, ds *dataset, id string) (err error) 
 		if err := d.attach(ctx, ds, &undo); err != nil {
 			return err
 		}
+		if err := d.stillOwned(ctx, ds); err != nil { // attaching may take long
+			return err
+		}
 		// A Mount that a killed process did not finish may be in the journal, and
 		// nobody undoes it. What nobody has open nobody uses.
 		if ds.refs.total() > 0 && d.cfg.Mounter.Close(ctx, ds.att.Device) == nil {
@@ -157,17 +160,16 @@ func (d *Driver) own(ctx context.Context, ds *dataset, undo *undoStack) error {
 			}
 			return d.letGo(ctx, ds)
 		})
-		return d.claim(ctx, ds, mounting)
-	}
-	// Kept from before, lingering. While the lease is valid nobody can have taken
-	// it; otherwise ask.
-	if d.cfg.Map.Live() == nil && ds.verified && ds.vol.Revision != 0 {
+		term := d.cfg.Map.Term() // before, so that a claim is never ascribed to a later one
+		if err := d.claim(ctx, ds, mounting); err != nil {
+			return err
+		}
+		ds.verified = term
 		return nil
 	}
-	if err := d.cfg.Map.Check(ctx, ds.id, ds.token); err != nil {
-		return d.explain(ds.vol.Name, err)
+	if err := d.stillOwned(ctx, ds); err != nil { // kept from before, lingering
+		return err
 	}
-	ds.verified = true
 	if ds.vol.Revision == 0 { // from the disk, and perhaps older than the format
 		view, err := d.cfg.Map.View(ctx, ds.id)
 		if err != nil {
@@ -178,9 +180,27 @@ func (d *Driver) own(ctx context.Context, ds *dataset, undo *undoStack) error {
 	return nil
 }
 
+// stillOwned asks whether the token is current. Within the term in which that was
+// found before, nobody can have taken the volume.
+func (d *Driver) stillOwned(ctx context.Context, ds *dataset) error {
+	if err := d.cfg.Map.Live(); err != nil {
+		return d.explain(ds.vol.Name, err)
+	}
+	term := d.cfg.Map.Term()
+	if term != 0 && ds.verified == term {
+		return nil
+	}
+	if err := d.cfg.Map.Check(ctx, ds.id, ds.token); err != nil {
+		return d.explain(ds.vol.Name, err)
+	}
+	ds.verified = term
+	return nil
+}
+
 // retake renews the token, so that a release of the old one that is still on its
 // way fails. If the old one is no longer current, this node owns nothing.
 func (d *Driver) retake(ctx context.Context, ds *dataset) error {
+	term := d.cfg.Map.Term()
 	owner, vol, err := d.cfg.Map.Retake(ctx, ownership.Owner{Volume: ds.id, Node: d.cfg.Node.ID, Token: ds.token})
 	if errors.Is(err, ownership.ErrLost) || errors.Is(err, ownership.ErrNotFound) {
 		d.disown(ds)
@@ -189,14 +209,14 @@ func (d *Driver) retake(ctx context.Context, ds *dataset) error {
 	if err != nil {
 		return err
 	}
-	ds.vol, ds.token, ds.verified, ds.doubt, ds.oldBoot = vol, owner.Token, true, false, false
+	ds.vol, ds.token, ds.verified, ds.doubt, ds.oldBoot = vol, owner.Token, term, false, false
 	return nil
 }
 
 // disown notes that this node does not own the volume any more.
 func (d *Driver) disown(ds *dataset) {
-	ds.token, ds.verified, ds.doubt, ds.unseen, ds.attempts = 0, false, false, false, 0
-	ds.pending, ds.former, ds.fault, ds.late, ds.oldBoot = nil, nil, "", time.Time{}, false
+	ds.token, ds.verified, ds.doubt, ds.unseen, ds.attempts = 0, 0, false, false, 0
+	ds.pending, ds.fault, ds.oldBoot = nil, "", false
 	clear(ds.refs)
 	if err := d.journal.remove(ds.id); err != nil {
 		d.log.WithField("volume", ds.vol.Name).Warn(err)
@@ -237,13 +257,14 @@ func (d *Driver) attach(ctx context.Context, ds *dataset, undo *undoStack) error
 	return nil
 }
 
-// makeWay ends an attachment of an older token that is in the way, where this node
-// may: its own, or one of the owner it has cut off.
+// makeWay ends an attachment of an older token that is in the way: of this node, or
+// of another one where the storage can cut that off. Whoever owned it before is not
+// its owner now; its attach arrived late.
 func (d *Driver) makeWay(ctx context.Context, backend backends.Backend, ds *dataset, other *backends.AttachedError) (bool, error) {
 	if other.Node == d.cfg.Node.ID && other.Token != ds.token {
 		return true, d.dropStale(ctx, backend, ds)
 	}
-	return d.refence(ctx, ds, other)
+	return d.refence(ctx, backend, ds, other)
 }
 
 // dropStale detaches what this node attached under older tokens.
@@ -388,7 +409,7 @@ func (d *Driver) closeStray(ctx context.Context, ds *dataset) error {
 func (d *Driver) close(ctx context.Context, ds *dataset) error {
 	err := d.cfg.Mounter.Close(ctx, ds.att.Device)
 	if errors.Is(err, mount.ErrUnwritten) {
-		if ds.lost == "" && ds.vol.Phase == ownership.PhaseReady {
+		if ds.lost == "" {
 			err = d.quarantine(ctx, ds, err)
 		}
 		if ds.lost != "" || ds.vol.Phase == ownership.PhaseQuarantined {

@@ -102,14 +102,19 @@ func (d *Driver) takeUp(ctx context.Context, ds *dataset, owner ownership.Owner)
 
 // owned notes an ownership that begins here, and finishes it if it is a takeover.
 func (d *Driver) owned(ctx context.Context, ds *dataset, owner ownership.Owner) error {
-	d.note(ds, owner)
-	ds.doubt, ds.oldBoot = false, false
-	return d.finishTakeover(ctx, ds)
+	if d.note(ds, owner); ds.pending != nil {
+		return d.finishTakeover(ctx, ds)
+	}
+	if ds.oldBoot {
+		return d.retake(ctx, ds) // the record must not say that a restart has freed it
+	}
+	ds.doubt = false
+	return nil
 }
 
 // note takes over what etcd says of this node's ownership.
 func (d *Driver) note(ds *dataset, owner ownership.Owner) {
-	ds.token, ds.verified, ds.pending = owner.Token, true, owner.Pending
+	ds.token, ds.verified, ds.pending = owner.Token, 0, owner.Pending
 	ds.oldBoot = owner.Boot != d.cfg.Node.Boot
 }
 

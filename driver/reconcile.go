@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/flocker-plugin/flocker/backends"
@@ -110,7 +111,7 @@ func (d *Driver) findAttachment(ctx context.Context, ds *dataset) error {
 		ds.stray = device
 	}
 	// Without an attachment, whoever had the token may have begun to release it.
-	ds.doubt = ds.att == nil || ds.oldBoot
+	ds.doubt = ds.att == nil || ds.oldBoot || ds.detaching
 	ds.detaching = (ds.detaching || ds.oldBoot) && ds.att != nil
 	ds.unseen = false
 	return nil
@@ -144,11 +145,28 @@ func (d *Driver) confirm(ctx context.Context) error {
 			tokens[ds.id] = 0
 		}
 	}
+	d.several(ctx, slices.Collect(maps.Keys(tokens)), func(ctx context.Context, vid string) { d.locked(ctx, vid, d.confirmVolume) })
 	d.sweep(ctx, tokens)
-	for vid := range tokens {
-		d.locked(ctx, vid, d.confirmVolume)
-	}
 	return nil
+}
+
+// several does something to volumes, some at a time: I/O to a device that has gone
+// may hang for ever, which must not hold up the others.
+func (d *Driver) several(ctx context.Context, vids []string, do func(ctx context.Context, vid string)) {
+	slots := make(chan struct{}, 8)
+	var work sync.WaitGroup
+	defer work.Wait()
+	for _, vid := range vids {
+		select {
+		case slots <- struct{}{}:
+			work.Go(func() {
+				defer func() { <-slots }()
+				do(ctx, vid)
+			})
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // sweep drops the attachments that no ownership speaks of, such as one a process
@@ -166,7 +184,7 @@ func (d *Driver) sweep(ctx context.Context, tokens map[string]int64) {
 			if token, ok := tokens[att.Volume]; ok && token == att.Token || d.owns(att) {
 				continue
 			}
-			d.locked(ctx, att.Volume, func(ctx context.Context, ds *dataset) { d.dropForeign(ctx, ds, backend, att) })
+			d.locked(ctx, att.Volume, func(ctx context.Context, ds *dataset) { d.dropForeign(ctx, ds, name, backend, att) })
 		}
 	}
 }
@@ -178,10 +196,9 @@ func (d *Driver) owns(att backends.Attachment) bool {
 	return ds.snapshot.Load().token == att.Token
 }
 
-// dropForeign detaches an attachment that belongs to no present ownership, if
-// nobody has it open. One that is open stays, and blocks the volume, which is
-// what keeps its data whole.
-func (d *Driver) dropForeign(ctx context.Context, ds *dataset, backend backends.Backend, att backends.Attachment) {
+// dropForeign detaches an attachment that belongs to no present ownership. One that
+// is in use is lost to its users: whoever owns the volume may be writing it.
+func (d *Driver) dropForeign(ctx context.Context, ds *dataset, name string, backend backends.Backend, att backends.Attachment) {
 	if ds.token == att.Token {
 		return // taken meanwhile, or to be confirmed as lost
 	}
@@ -189,25 +206,51 @@ func (d *Driver) dropForeign(ctx context.Context, ds *dataset, backend backends.
 	if now, err := backend.Attachments(ctx); err != nil || !slices.Contains(now, att) {
 		return
 	}
-	if target, err := d.cfg.Mounter.Mounted(d.target(ds)); err == nil && target == att.Device && ds.token == 0 {
-		if err := d.cfg.Mounter.Unmount(ctx, d.target(ds)); err != nil {
-			log.Errorf("unmount %s, left from token %d: %v", att.Device, att.Token, err)
-			return
+	if !ds.idle() { // a leftover beside what this node has now
+		if err := d.cfg.Mounter.Close(ctx, att.Device); err != nil && !errors.Is(err, mount.ErrUnwritten) {
+			log.Errorf("%s is attached under token %d, which is over, and in use: %v", att.Device, att.Token, err)
+		} else if err := backend.Detach(ctx, att); err != nil {
+			d.mayBeLate(ds)
+			log.Warnf("detach %s, left from token %d: %v", att.Device, att.Token, err)
 		}
-	}
-	if err := d.cfg.Mounter.Close(ctx, att.Device); err != nil && !errors.Is(err, mount.ErrUnwritten) {
-		log.Errorf("%s is attached under token %d, which is over, and in use: %v", att.Device, att.Token, err)
 		return
 	}
-	if err := backend.Detach(ctx, att); err != nil {
-		log.Warnf("detach %s, left from token %d: %v", att.Device, att.Token, err)
+	view, err := d.cfg.Map.View(ctx, ds.id)
+	switch {
+	case errors.Is(err, ownership.ErrNotFound):
+		view.Volume = ownership.Volume{ID: ds.id, Name: ds.id}
+	case err != nil:
+		return
+	case view.Owner != nil && view.Owner.Node == d.cfg.Node.ID && view.Owner.Token == att.Token:
+		return // it has just become this node's
+	}
+	ds.vol = view.Volume
+	d.loseForeign(ctx, ds, name, att)
+	if ds.lost != "" {
+		d.retry(ds)
+	}
+}
+
+// loseForeign takes down an attachment that this process knew nothing of.
+func (d *Driver) loseForeign(ctx context.Context, ds *dataset, backend string, att backends.Attachment) {
+	device, err := d.cfg.Mounter.Mounted(d.target(ds))
+	if err != nil {
+		d.log.WithField("volume", ds.vol.Name).Error(err)
 		return
 	}
-	log.Infof("detached %s, left from token %d", att.Device, att.Token)
+	ds.vol.Backend, ds.token, ds.att, ds.closed = backend, att.Token, &att, false
+	ds.mounted = device == att.Device
+	if !ds.mounted && d.close(ctx, ds) == nil && d.detach(ctx, ds) == nil { // nobody used it
+		d.log.WithField("volume", ds.vol.Name).Infof("detached %s, left from token %d", att.Device, att.Token)
+		d.disown(ds)
+		return
+	}
+	d.lose(ctx, ds)
 }
 
 // confirmVolume settles one volume, by what etcd says now that its lock is held.
 func (d *Driver) confirmVolume(ctx context.Context, ds *dataset) {
+	term := d.cfg.Map.Term()
 	view, err := d.cfg.Map.View(ctx, ds.id)
 	if err != nil && !errors.Is(err, ownership.ErrNotFound) {
 		return // tidy asks again before it does anything
@@ -232,7 +275,7 @@ func (d *Driver) confirmVolume(ctx context.Context, ds *dataset) {
 		}
 	}
 	if token != 0 {
-		ds.verified = true
+		ds.verified = term
 		if err := d.look(ctx, ds); err != nil {
 			log.Warn(err)
 		}
@@ -275,7 +318,8 @@ func (d *Driver) tidy(ctx context.Context, ds *dataset) {
 		}
 		log.Info("no container seems to use it any more; trying to close it")
 	}
-	if !ds.verified {
+	if ds.verified == 0 {
+		term := d.cfg.Map.Term()
 		if err := d.cfg.Map.Check(ctx, ds.id, ds.token); err != nil {
 			if errors.Is(err, ownership.ErrLost) {
 				d.lose(ctx, ds)
@@ -283,7 +327,7 @@ func (d *Driver) tidy(ctx context.Context, ds *dataset) {
 			d.retry(ds)
 			return
 		}
-		ds.verified = true
+		ds.verified = term
 	}
 	if err := d.letGo(ctx, ds); err != nil {
 		log.Infof("not let go: %v", err)
@@ -408,7 +452,10 @@ func (d *Driver) recheck(ctx context.Context, vid string) {
 // checkHealth quarantines a volume whose filesystem the kernel has found errors
 // in. Its containers go on with what still works.
 func (d *Driver) checkHealth(ctx context.Context, ds *dataset) {
-	if !ds.mounted || ds.token == 0 || ds.lost != "" || ds.vol.Phase != ownership.PhaseReady {
+	if !ds.mounted || ds.token == 0 || ds.lost != "" {
+		return
+	}
+	if ds.vol.Phase == ownership.PhaseQuarantined && d.usable(ctx, ds) != nil {
 		return
 	}
 	if err := d.cfg.Mounter.Health(d.target(ds)); errors.Is(err, mount.ErrDamaged) {

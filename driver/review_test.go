@@ -219,29 +219,33 @@ func TestOldRequestIsWithdrawn(t *testing.T) {
 }
 
 // What a killed process had attached is detached also if the storage could not be
-// asked about it at the start.
+// asked about it at the start; or cut off, by who wants the volume.
 func TestOrphanedAttachmentIsFoundLater(t *testing.T) {
-	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
-		c.storage = backendtest.NewMemory(memoryExclusive)
-		a, b := c.nodes["a"], c.nodes["b"]
-		a.restart()
-		b.restart()
-		a.create("db", nil)
-		ref := strings.TrimPrefix(c.device("db"), backendtest.DevicePrefix)
-		_, err := c.storage.Node(a.id.ID).Attach(t.Context(),
-			backends.AttachRequest{Ref: ref, Volume: a.status("db")["id"].(string), Token: 1})
-		if err != nil {
-			t.Fatal(err)
-		}
-		c.failing(a, "Attachments")
-		a.restart()
-		c.settle(time.Second)
-		c.storage.SetFault(nil)
-		_, err = b.Mount(t.Context(), "db", "id1")
-		wantError(t, err, "attached to")
-		c.settle(7 * time.Minute)
-		b.mount("db", "id1")
-	})
+	for _, wanted := range []bool{false, true} {
+		inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
+			c.storage = backendtest.NewMemory(memoryExclusive)
+			a, b := c.nodes["a"], c.nodes["b"]
+			a.restart()
+			b.restart()
+			a.create("db", nil)
+			ref := strings.TrimPrefix(c.device("db"), backendtest.DevicePrefix)
+			_, err := c.storage.Node(a.id.ID).Attach(t.Context(),
+				backends.AttachRequest{Ref: ref, Volume: a.status("db")["id"].(string), Token: 1})
+			if err != nil {
+				t.Fatal(err)
+			}
+			c.failing(a, "Attachments")
+			a.restart()
+			c.settle(time.Second)
+			c.storage.SetFault(nil)
+			if wanted {
+				b.mount("db", "id1")
+				return
+			}
+			c.settle(7 * time.Minute)
+			c.wantNothing()
+		})
+	}
 }
 
 // What Remove read before it got the volume's lock is older than what a Mount has

@@ -23,7 +23,7 @@ func (d *Driver) Get(ctx context.Context, name string) (Volume, error) {
 	if ds := d.byName(name); ds != nil {
 		// Nobody else can have changed it, and Docker skips an Unmount whose Get
 		// fails. What is merely owned may be on its way to another node.
-		if here := ds.snapshot.Load(); here.attached || here.mounted {
+		if here := ds.snapshot.Load(); here.attached || here.mounted || here.pending != "" {
 			return d.describe(ownership.View{Volume: here.vol}, here, false), nil
 		}
 	}

@@ -1,9 +1,12 @@
 package driver
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -178,7 +181,7 @@ func (d *Driver) finishTakeover(ctx context.Context, ds *dataset) (err error) {
 	if err != nil {
 		return d.explain(ds.vol.Name, err)
 	}
-	ds.vol, ds.token, ds.pending, ds.former, ds.fault = vol, owner.Token, nil, &from, ""
+	ds.vol, ds.token, ds.pending, ds.fault = vol, owner.Token, nil, ""
 	d.log.WithField("volume", vol.Name).Warnf("taken over from host %s (token %d), which was cut off: %s", from.Host, from.Token, evidence)
 	return nil
 }
@@ -213,13 +216,24 @@ func (d *Driver) fence(ctx context.Context, ds *dataset, from ownership.Pending)
 	return evidence, nil
 }
 
-// refence cuts the former owner off once more, whose attach was on its way when it
-// was cut off and has arrived since. False if it is not that.
-func (d *Driver) refence(ctx context.Context, ds *dataset, other *backends.AttachedError) (bool, error) {
-	if ds.former == nil || other.Node != ds.former.Node || other.Token > ds.former.Token {
+// refence cuts off a node whose attach, of an older token, has arrived since it was
+// cut off or had let go. False if the attachment is none of that kind.
+func (d *Driver) refence(ctx context.Context, backend backends.Backend, ds *dataset, other *backends.AttachedError) (bool, error) {
+	if !canFence(backend) || other.Node == "" || other.Token >= ds.token {
 		return false, nil
 	}
-	_, err := d.fence(ctx, ds, *ds.former)
+	nodes, err := d.cfg.Map.Nodes(ctx)
+	if err != nil {
+		return false, d.explain(ds.vol.Name, err)
+	}
+	from := ownership.Pending{Node: other.Node, Host: other.Node, Token: other.Token}
+	for _, n := range nodes {
+		if n.ID == other.Node {
+			from.Host, from.Identities = n.Host, n.Identities
+		}
+	}
+	d.log.WithField("volume", ds.vol.Name).Warnf("cutting off host %s, which has it attached under token %d", from.Host, from.Token)
+	_, err = d.fence(ctx, ds, from)
 	return true, err
 }
 
@@ -306,16 +320,12 @@ func (d *Driver) lose(ctx context.Context, ds *dataset) {
 	d.disown(ds)
 }
 
-// killContainers kills what uses a lost volume, unless Docker may mean another
-// volume of that name by now.
+// killContainers kills what uses a lost volume.
 func (d *Driver) killContainers(ctx context.Context, ds *dataset) ([]string, error) {
 	if d.cfg.Docker == nil || ds.vol.Name == "" || ds.att == nil && ds.stray == "" {
 		return nil, nil
 	}
-	if other := d.byName(ds.vol.Name); other != nil && other != ds {
-		return nil, nil
-	}
-	return d.cfg.Docker.Kill(ctx, ds.vol.Name)
+	return d.cfg.Docker.Kill(ctx, ds.vol.Name, ds.id)
 }
 
 // GiveUp takes down everything this node has, because an operator has declared it
@@ -324,17 +334,57 @@ func (d *Driver) killContainers(ctx context.Context, ds *dataset) ([]string, err
 func (d *Driver) GiveUp(ctx context.Context, death ownership.Death) error {
 	d.log.Errorf("this host was declared dead by %s at %s (%s): everything it has open is given up", death.By, death.At.Format(time.RFC3339), death.Evidence)
 	var open []string
-	for _, ds := range d.local() {
-		name := ds.snapshot.Load().vol.Name
-		d.locked(ctx, ds.id, d.lose)
-		if !ds.snapshot.Load().idle() {
+	lose := func(vid string, what func(context.Context, *dataset)) {
+		down, name := false, vid
+		d.locked(ctx, vid, func(ctx context.Context, ds *dataset) {
+			what(ctx, ds)
+			down, name = ds.idle(), cmp.Or(ds.vol.Name, vid)
+		})
+		if !down {
 			open = append(open, name)
+		}
+	}
+	d.mu.Lock()
+	all := slices.Collect(maps.Keys(d.datasets)) // also those of a Mount under way
+	d.mu.Unlock()
+	for _, vid := range all {
+		lose(vid, func(ctx context.Context, ds *dataset) {
+			if !ds.idle() {
+				d.lose(ctx, ds)
+			}
+		})
+	}
+	// And what no journal tells of.
+	for name, backend := range d.cfg.Backends {
+		bounded, cancel := context.WithTimeout(ctx, time.Minute)
+		attachments, err := backend.Attachments(bounded)
+		cancel()
+		if err != nil {
+			return fmt.Errorf("list attachments of %s: %w", name, err)
+		}
+		for _, att := range attachments {
+			lose(att.Volume, func(ctx context.Context, ds *dataset) {
+				if ds.idle() {
+					ds.vol = d.knownByID(att.Volume)
+					d.loseForeign(ctx, ds, name, att)
+				}
+			})
 		}
 	}
 	if len(open) > 0 {
 		return fmt.Errorf("this host was declared dead by %s, and still has open: %s", death.By, strings.Join(open, ", "))
 	}
 	return nil
+}
+
+// knownByID returns what this node remembers of a volume.
+func (d *Driver) knownByID(vid string) ownership.Volume {
+	for _, vol := range d.recallAll() {
+		if vol.ID == vid {
+			return vol
+		}
+	}
+	return ownership.Volume{ID: vid}
 }
 
 // quarantine takes a volume out of service whose data is in doubt, until a person

@@ -266,7 +266,7 @@ func (m *Map) HandOver(ctx context.Context, vid string, token int64, to Request)
 	released := line
 	released.What, released.To = "release", ""
 	res, err := m.write(ctx, Txn{
-		If: []Cmp{mod(m.own(vid), token), has(req)},
+		If: []Cmp{mod(m.own(vid), token), onLease(req, to.Lease)},
 		Then: append([]Op{put(m.own(vid), encode(o)), del(req), del(m.rep(to.Node, vid))},
 			m.audit(line)...),
 		Else: []Op{nest(Txn{
@@ -317,7 +317,10 @@ func (m *Map) Check(ctx context.Context, vid string, token int64) error {
 	if token <= 0 || !validID(vid) {
 		return lostToken(vid)
 	}
-	res, err := m.send(ctx, Txn{If: []Cmp{mod(m.own(vid), token)}}, m.cfg.Timeout)
+	// etcd lets any member answer a transaction that does nothing, from a state that
+	// may be old: hence the reads.
+	read := []Op{get(m.own(vid))}
+	res, err := m.send(ctx, Txn{If: []Cmp{mod(m.own(vid), token)}, Then: read, Else: read}, m.cfg.Timeout)
 	if err != nil {
 		return err
 	}

@@ -174,6 +174,9 @@ func (e *Etcd) Close() error {
 
 // Txn is Store's.
 func (e *Etcd) Txn(ctx context.Context, txn Txn) (TxnResult, error) {
+	if len(txn.Then)+len(txn.Else) == 0 {
+		return TxnResult{}, errNoOps
+	}
 	client, err := e.connect(ctx)
 	if err != nil {
 		return TxnResult{}, err

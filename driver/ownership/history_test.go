@@ -70,7 +70,7 @@ type history struct {
 
 func newHistory(t *testing.T, store ownership.Store, compact func(int64)) *history {
 	t.Helper()
-	res, err := store.Txn(t.Context(), ownership.Txn{})
+	res, err := store.Txn(t.Context(), ownership.Txn{Then: []ownership.Op{{Kind: ownership.OpGet, Key: "/"}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -93,7 +93,7 @@ func (h *history) step() string {
 		ttl, err := h.store.KeepAliveOnce(ctx, h.leases[i])
 		return fmt.Sprintf("keepalive %d: %s %s", i, ttl, class(err))
 	case 3:
-		res, err := h.store.Txn(ctx, ownership.Txn{})
+		res, err := h.store.Txn(ctx, ownership.Txn{Then: []ownership.Op{{Kind: ownership.OpGet, Key: "/"}}})
 		if err != nil {
 			return err.Error()
 		}
@@ -148,6 +148,9 @@ func (h *history) txn(readOnly bool, depth int) ownership.Txn {
 		txn.If = append(txn.If, c)
 	}
 	txn.Then, txn.Else = h.ops(readOnly, depth), h.ops(readOnly, depth)
+	if len(txn.Then)+len(txn.Else) == 0 { // which is refused
+		txn.Then = []ownership.Op{{Kind: ownership.OpGet, Key: h.key()}}
+	}
 	return txn
 }
 

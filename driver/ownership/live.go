@@ -72,6 +72,16 @@ func (m *Map) Live() error {
 	return err
 }
 
+// Term names the present registration: it is another one after each, and 0 while the
+// lease is not valid. What was found in one term was nobody else's before it ended.
+func (m *Map) Term() int64 {
+	lease, err := m.valid()
+	if err != nil {
+		return 0
+	}
+	return lease
+}
+
 // Registered waits for the first registration. ErrUnavailable says what was in
 // its way when ctx ended.
 func (m *Map) Registered(ctx context.Context) error {

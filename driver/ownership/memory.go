@@ -252,6 +252,9 @@ func (m *Memory) Txn(ctx context.Context, t Txn) (TxnResult, error) {
 	if err := ctx.Err(); err != nil {
 		return TxnResult{}, err
 	}
+	if len(t.Then)+len(t.Else) == 0 {
+		return TxnResult{}, errNoOps
+	}
 	for _, branch := range [][]Op{t.Then, t.Else} {
 		if len(branch) > 128 {
 			return TxnResult{}, errors.New("too many operations in txn request")

@@ -14,7 +14,8 @@ import (
 // will be later.
 type Store interface {
 	// Txn runs one transaction. Without puts and deletes on either branch it is a
-	// linearizable read. ErrLease if a put names a lease that is gone; nothing of
+	// linearizable read. One without any operation is refused: etcd would answer it
+	// from whatever state the member that is asked has. ErrLease if a put names a lease that is gone; nothing of
 	// the transaction is applied then.
 	Txn(ctx context.Context, txn Txn) (TxnResult, error)
 
@@ -163,6 +164,9 @@ func put(key string, value []byte) Op { return Op{Kind: OpPut, Key: key, Value: 
 func putOn(lease int64, key string, value []byte) Op {
 	return Op{Kind: OpPut, Key: key, Value: value, Lease: lease}
 }
+
+// errNoOps refuses a transaction that does nothing.
+var errNoOps = errors.New("a transaction without operations may be answered from an old state")
 
 // kv is the one key a get of the i-th operation returned, or nil.
 func (r TxnResult) kv(i int) *KV {
