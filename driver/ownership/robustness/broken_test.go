@@ -91,7 +91,8 @@ var defects = []struct {
 			if !does(txn, ownership.OpPut) {
 				return s.Txn(ctx, txn)
 			}
-			before, err := s.Txn(ctx, ownership.Txn{If: txn.If})
+			read := []ownership.Op{{Kind: ownership.OpGet, Key: "x"}}
+			before, err := s.Txn(ctx, ownership.Txn{If: txn.If, Then: read, Else: read})
 			if err != nil {
 				return before, err
 			}
@@ -114,7 +115,7 @@ var defects = []struct {
 			mu.Lock()
 			defer mu.Unlock()
 			if old, ok := kept[key]; ok && sometimes() {
-				now, err := s.Txn(ctx, ownership.Txn{})
+				now, err := s.Txn(ctx, ownership.Txn{Then: []ownership.Op{{Kind: ownership.OpGet, Key: "x"}}})
 				old.Revision = now.Revision // or the node would notice
 				return old, err
 			}

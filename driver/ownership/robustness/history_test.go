@@ -171,7 +171,7 @@ type volumeToken struct {
 
 // follow writes the log until its end is reached.
 func follow(ctx context.Context, store ownership.Store, h *history) (*log, error) {
-	res, err := store.Txn(ctx, ownership.Txn{})
+	res, err := store.Txn(ctx, ownership.Txn{Then: []ownership.Op{{Kind: ownership.OpGet, Key: h.prefix + last}}})
 	if err != nil {
 		return nil, err
 	}
