@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -228,14 +229,37 @@ func killDockerd(ctx context.Context, _ *run, _ step, i *injected) error {
 	return i.host.KillDockerd(ctx)
 }
 
-func pauseDockerd(ctx context.Context, _ *run, _ step, i *injected) error {
+// wakeEnters lets the nsenter processes of the rig go on: one whose child was stopped
+// has stopped as well, and would not notice the child's end.
+func (r *run) wakeEnters() error {
+	processes, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		return err
+	}
+	for _, process := range processes {
+		args, err := os.ReadFile(process + "/cmdline")
+		if err != nil || !strings.HasPrefix(string(args), "nsenter\x00") || !strings.Contains(string(args), r.rig.Dir+"/") {
+			continue // it may have ended
+		}
+		pid, err := strconv.Atoi(filepath.Base(process))
+		if err != nil {
+			return err
+		}
+		if err := ignoreGone(syscall.Kill(pid, syscall.SIGCONT)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func pauseDockerd(ctx context.Context, r *run, _ step, i *injected) error {
 	signal := func(ctx context.Context, signal string) error {
 		ctx, cancel := context.WithTimeout(ctx, brief)
 		defer cancel()
 		_, err := i.host.Exec(ctx, "sh", "-c", "kill -"+signal+" $(cat /run/docker.pid)")
 		return err
 	}
-	i.undo = func(ctx context.Context) error { return signal(ctx, "CONT") }
+	i.undo = func(ctx context.Context) error { return errors.Join(signal(ctx, "CONT"), r.wakeEnters()) }
 	return signal(ctx, "STOP")
 }
 
@@ -398,7 +422,7 @@ func killEtcd(ctx context.Context, r *run, s step, i *injected) error {
 
 func pauseEtcd(_ context.Context, r *run, s step, i *injected) error {
 	member := int(s.pick % 3)
-	i.undo = func(context.Context) error { return r.rig.ResumeEtcd(member) }
+	i.undo = func(context.Context) error { return errors.Join(r.rig.ResumeEtcd(member), r.wakeEnters()) }
 	return r.rig.PauseEtcd(member)
 }
 
@@ -411,7 +435,7 @@ func pauseAllEtcd(_ context.Context, r *run, _ step, i *injected) error {
 		}
 		return errors.Join(errs...)
 	}
-	i.undo = func(context.Context) error { return each(r.rig.ResumeEtcd) }
+	i.undo = func(context.Context) error { return errors.Join(each(r.rig.ResumeEtcd), r.wakeEnters()) }
 	return each(r.rig.PauseEtcd)
 }
 
