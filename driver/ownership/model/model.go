@@ -75,8 +75,8 @@ const (
 	LateAdopt                           // a new process takes up an attachment that nothing is mounted on
 	NoFence                             // SETTLE without the fence
 	FenceTaker                          // a takeover of a takeover cuts off the taker
-	ForgetLate                          // a node that has lost the volume forgets its late calls
-	UnmarkedSweep                       // the detach of a leftover is not remembered as late
+	ForgetLate                          // that a call may be late is not on disk, once the volume is not the node's
+	UnmarkedSweep                       // nor that of a leftover beside what the node owns
 	NoRefence                           // an owner whose Attach another node blocks does not cut that off
 	UnrecordedRefence                   // F1NoIDs: it does, but without a record as a takeover has one
 	FormerOnly                          // it does, but only to whom its own takeover has cut off before

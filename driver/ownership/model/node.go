@@ -18,7 +18,7 @@ func (g *generator) lease() {
 		case n.doing == attaching || n.doing == fencing: // it waits for that first
 		case n.token != 0 || n.fs != 0 || n.run:
 			_, n := g.add(stepCondemned, effort)
-			n.lose(g.v)
+			n.lose()
 		default:
 			_, n := g.add(stepRegister, effort)
 			n.live, n.reg, n.dead = true, n.boot, 0
@@ -86,7 +86,7 @@ func (g *generator) transactions() {
 	}
 	if n.token != 0 && !s.owns(g.me) && !n.lost && n.doing != attaching && n.doing != fencing {
 		_, n := g.add(stepLose, effort)
-		n.lose(v)
+		n.lose()
 	}
 	if !s.owns(g.me) || !idle || s.pend != 0 {
 		return
@@ -141,7 +141,7 @@ func (n *node) takeUp(v *Variant, t *state) {
 // its way to be released: both are given up.
 func (n *node) find(v *Variant, boot uint8) {
 	n.held = n.att == n.token
-	n.doubt = !n.held || boot != n.boot && !v.has(OldBoot) || n.fs == 0 && !v.has(LateAdopt)
+	n.doubt = !n.held || n.intent || boot != n.boot && !v.has(OldBoot) || n.fs == 0 && !v.has(LateAdopt)
 	n.intent = (n.intent || n.doubt) && n.held
 }
 
@@ -155,19 +155,18 @@ func (n *node) mayBeLate(v *Variant, rule bool) {
 
 // lose takes down what a node has open, without its containers' consent. The storage
 // detaches next.
-func (n *node) lose(v *Variant) {
+func (n *node) lose() {
 	n.run, n.fs, n.doing, n.call, n.target, n.fresh = false, 0, nothing, 0, 0, false
 	if n.lost = true; !n.held {
-		n.detached(v)
+		n.detached()
 	}
 }
 
 // detached is what a node knows after it has seen its attachment gone.
-func (n *node) detached(v *Variant) {
+func (n *node) detached() {
 	n.held, n.intent = false, false
 	if n.lost {
 		n.disown()
-		n.late = n.late && !v.has(ForgetLate)
 	}
 }
 
@@ -279,9 +278,9 @@ var (
 	stepAttach   = &step{"calls Attach", "driver.attach"}
 	stepAttached = &step{"Attach takes effect", "backends.Backend"}
 	stepRefused  = &step{"Attach is refused", "backends.AttachedError"}
-	stepDetach   = &step{"calls Detach, and it takes effect", "driver.detach"}
-	stepSweep    = &step{"calls Detach for a leftover, and it takes effect", "driver.dropStale, dropForeign"}
-	stepGone     = &step{"calls Detach, and nothing is attached", "driver.detach"}
+	stepDetach   = &step{"calls Detach", "driver.detach"}
+	stepSweep    = &step{"calls Detach for a leftover", "driver.dropStale, dropForeign"}
+	stepGone     = &step{"calls Detach", "driver.detach"}
 	stepFormat   = &step{"mkfs, unless it is there", "mount.Format"}
 	stepMount    = &step{"mounts it, and the container starts", "driver.mountFormatted"}
 	stepClose    = &step{"unmounts it, and proves it closed", "driver.closeFilesystem"}
@@ -320,7 +319,8 @@ func (g *generator) storage() {
 		g.detach(stepDetach)
 	default:
 		_, n := g.add(stepGone, effort)
-		n.detached(v)
+		g.last().note = "nothing is attached"
+		n.detached()
 	}
 	mine := s.owner == g.me+1 && s.token == n.att || n.token == n.att
 	if g.online() && n.att != 0 && n.att != n.fs && !mine && !v.has(AdoptOld) {
@@ -353,15 +353,18 @@ func (g *generator) attach() {
 // not live to see it, or gives up waiting.
 func (g *generator) detach(st *step) {
 	v, own := g.v, st == stepDetach
+	kept := own || g.n.token == 0 || !v.has(UnmarkedSweep) // in the journal
 	call := orphan{kind: detachCall, by: g.me, node: g.me, token: g.n.att}
 	t, n := g.add(st, effort)
 	if own && v.has(FireAndForget) {
+		g.last().note = "it is sent"
 		t.orphan(call)
 	} else {
+		g.last().note = "it takes effect"
 		v.detach(t, call)
 	}
 	if own {
-		n.detached(v)
+		n.detached()
 	}
 	if v.byHand() {
 		return // the call is over when its process is
@@ -373,18 +376,18 @@ func (g *generator) detach(st *step) {
 	if g.s.left[LateCall] > 0 {
 		t, n := g.spend(LateCall, stepTimeout, st.name)
 		leave(t, n)
-		n.mayBeLate(v, !v.has(NoOwnHorizon) && (own || !v.has(UnmarkedSweep)))
+		n.mayBeLate(v, !v.has(NoOwnHorizon))
 	}
 	if g.s.left[AgentCrash] > 0 {
 		t, n := g.spend(AgentCrash, stepAgentCrash, st.name)
 		leave(t, n)
-		n.mayBeLate(v, !own && !v.has(UnmarkedSweep))
 		v.crash(t, g.me, false)
+		t.n[g.me].mayBeLate(v, kept && !own)
 	}
 	if g.s.left[NodeCrash] > 0 && v.Class != F2 {
 		t, n := g.spend(NodeCrash, stepNodeCrash, st.name)
 		leave(t, n)
-		n.mayBeLate(v, !own && !v.has(UnmarkedSweep))
 		v.crash(t, g.me, true)
+		t.n[g.me].mayBeLate(v, kept && !own)
 	}
 }

@@ -96,6 +96,10 @@ func Broken() []Check {
 		}
 		return Check{Name: name, Wants: wants, Runs: []Variant{v}}
 	}
+	two := func(c Check) Check {
+		c.Runs[0].Nodes = 2
+		return c
+	}
 	fresh := func(c Check) Check {
 		c.Runs[0].Format = true
 		return c
@@ -121,11 +125,11 @@ func Broken() []Check {
 		bad("F1, no ids, no horizon after a dead taker's fence", DevicePulled, F1NoIDs, NoTakerHorizon, Partition, LeaseLoss),
 
 		bad("F0, no RETAKE after a release of unknown outcome", TwoWriters, F0, NoRetake, LateWrite),
-		bad("F2, a new process uses an attachment nothing is mounted on", TwoWriters, F2, LateAdopt, AgentCrash, LateCall, LateWrite),
+		two(bad("F2, a new process uses an attachment nothing is mounted on", TwoWriters, F2, LateAdopt, AgentCrash, AgentCrash, LateWrite)),
 		bad("F3, an ownership of an older boot is taken up as it is", TwoWriters, F3, OldBoot|LateAdopt, NodeCrash),
 		bad("F2, SETTLE without the fence", TwoWriters, F2, NoFence, Partition),
 		bad("F2, a takeover of a takeover fences the taker", TwoWriters, F2, FenceTaker, Partition, LeaseLoss),
-		bad("F1, no ids, who has lost a volume forgets its late detach", DevicePulled, F1NoIDs, ForgetLate, Partition, LateCall),
+		two(bad("F1, no ids, a late detach is forgotten with the volume", DevicePulled, F1NoIDs, ForgetLate, AgentCrash, LeaseLoss, LateCall)),
 		bad("F1, no ids, the detach of a leftover is not remembered", DevicePulled, F1NoIDs, UnmarkedSweep, AgentCrash, LateCall),
 		bad("F1, no ids, the second fence is not recorded", DevicePulled, F1NoIDs, UnrecordedRefence, AgentCrash, LateCall),
 		bad("F1, who comes late after the fence is not fenced again", Stuck, F1, NoRefence, NodeCrash),

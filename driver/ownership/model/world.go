@@ -295,6 +295,9 @@ func (s *state) abandon(i uint8) {
 // node's own kernel ends with it, and where nothing is cut off all are such.
 func (v *Variant) crash(s *state, i uint8, power bool) {
 	n := &s.n[i]
+	if v.has(ForgetLate) && n.token == 0 {
+		n.late = false
+	}
 	n.mayBeLate(v, n.intent && !v.has(NoOwnHorizon))
 	if n.doing == attaching && (v.byHand() || v.Class == F2 && power) {
 		n.doing, n.call = nothing, 0
