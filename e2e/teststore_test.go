@@ -521,11 +521,7 @@ func TestTestStorePlugin(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := newCluster(t, rig.Config{Hosts: 2, Plugin: dir}, map[string]string{"FLOCKER_BACKEND": "teststore", "FLOCKER_LINGER": "1s"})
-	store, err := c.TestStore(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	a, b := c.Hosts[0], c.Hosts[1]
+	store, a, b := c.store, c.Hosts[0], c.Hosts[1]
 	for _, backend := range []string{"teststore", "teststore-fenced"} {
 		t.Run(backend, func(t *testing.T) {
 			a.Run(t, "volume", "create", "-d", "flocker", "-o", "backend="+backend, backend)

@@ -256,6 +256,7 @@ func TestContract(t *testing.T) {
 					s := newStorage(t)
 					return backendtest.Storage{
 						Node: func(cluster, node string) backends.Backend { return s.node(fenced, cluster, node) },
+						Open: s.open,
 						Down: s.down,
 					}
 				},
@@ -263,6 +264,39 @@ func TestContract(t *testing.T) {
 		})
 	}
 }
+
+// open opens a device on a node. What the initiators of the others have made is not
+// there, although all nodes have the kernel in common, and so the numbers.
+func (s *storage) open(node, path string, exclusive bool) (backendtest.Device, error) {
+	name, err := os.ReadFile(filepath.Join("/sys/block", filepath.Base(path), "loop/backing_file"))
+	if err != nil {
+		return nil, err
+	}
+	if !strings.Contains(string(name), teststore.FilePrefix(filepath.Join(s.dir, node))) {
+		return nil, fmt.Errorf("%s is not a device of %s", path, node)
+	}
+	flags := os.O_RDWR
+	if exclusive {
+		flags |= unix.O_EXCL
+	}
+	f, err := os.OpenFile(path, flags, 0)
+	if err != nil {
+		return nil, err
+	}
+	info, err := f.Stat()
+	if err == nil && info.Mode().Type() != os.ModeDevice {
+		err = fmt.Errorf("%s is no block device", path)
+	}
+	if err != nil {
+		_ = f.Close()
+		return nil, err
+	}
+	return device{f}, nil
+}
+
+type device struct{ *os.File }
+
+func (d device) Size() (int64, error) { return d.Seek(0, io.SeekEnd) }
 
 // fixture is a storage with a volume.
 type fixture struct {
