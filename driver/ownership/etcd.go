@@ -36,7 +36,10 @@ type EtcdConfig struct {
 	Dial func(ctx context.Context) (*clientv3.Client, error)
 }
 
-// Etcd is the Store on an etcd cluster.
+// Etcd is the Store on an etcd cluster. A member that has lost the others refuses
+// at once, so that the next try goes to another one: it would let every call wait
+// until its deadline, and one such member of three is enough to keep a node, which
+// makes its calls in the same order each time, from ever registering.
 type Etcd struct {
 	config clientv3.Config
 	dial   func(ctx context.Context) (*clientv3.Client, error)
@@ -153,6 +156,8 @@ func (e *Etcd) wrap(err error) error {
 	switch {
 	case errors.Is(err, rpctypes.ErrLeaseNotFound):
 		err = ErrLease
+	case errors.Is(err, rpctypes.ErrNoLeader):
+		err = ErrNoLeader
 	case errors.Is(err, rpctypes.ErrCompacted):
 		err = ErrCompacted
 	case errors.Is(err, context.DeadlineExceeded):
@@ -181,7 +186,7 @@ func (e *Etcd) Txn(ctx context.Context, txn Txn) (TxnResult, error) {
 	if err != nil {
 		return TxnResult{}, err
 	}
-	res, err := client.Txn(ctx).If(etcdCmps(txn.If)...).Then(etcdOps(txn.Then)...).Else(etcdOps(txn.Else)...).Commit()
+	res, err := client.Txn(clientv3.WithRequireLeader(ctx)).If(etcdCmps(txn.If)...).Then(etcdOps(txn.Then)...).Else(etcdOps(txn.Else)...).Commit()
 	if err != nil {
 		return TxnResult{}, e.wrap(err)
 	}
@@ -262,7 +267,7 @@ func (e *Etcd) Grant(ctx context.Context, ttl time.Duration) (int64, time.Durati
 	if err != nil {
 		return 0, 0, err
 	}
-	res, err := client.Grant(ctx, int64(math.Ceil(ttl.Seconds())))
+	res, err := client.Grant(clientv3.WithRequireLeader(ctx), int64(math.Ceil(ttl.Seconds())))
 	if err != nil {
 		return 0, 0, e.wrap(err)
 	}
@@ -275,7 +280,7 @@ func (e *Etcd) KeepAliveOnce(ctx context.Context, lease int64) (time.Duration, e
 	if err != nil {
 		return 0, err
 	}
-	res, err := client.KeepAliveOnce(ctx, clientv3.LeaseID(lease))
+	res, err := client.KeepAliveOnce(clientv3.WithRequireLeader(ctx), clientv3.LeaseID(lease))
 	if err != nil {
 		return 0, e.wrap(err)
 	}
@@ -288,7 +293,7 @@ func (e *Etcd) Revoke(ctx context.Context, lease int64) error {
 	if err != nil {
 		return err
 	}
-	if _, err := client.Revoke(ctx, clientv3.LeaseID(lease)); err != nil {
+	if _, err := client.Revoke(clientv3.WithRequireLeader(ctx), clientv3.LeaseID(lease)); err != nil {
 		return e.wrap(err)
 	}
 	return nil

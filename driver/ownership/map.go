@@ -225,7 +225,7 @@ func (m *Map) exchange(ctx context.Context, txn Txn, budget time.Duration) (TxnR
 			continue
 		case errors.Is(err, ErrLease), errors.Is(err, ErrCompacted):
 			return TxnResult{}, unavailable(err)
-		case try == tries || !wait.sleep(ctx):
+		case try >= tries && !errors.Is(err, ErrNoLeader), !wait.sleep(ctx):
 			return TxnResult{}, unavailable(err)
 		}
 	}

@@ -144,6 +144,9 @@ type Event struct {
 var (
 	// ErrLease: the lease is gone.
 	ErrLease = errors.New("lease is gone")
+	// ErrNoLeader: nothing was done, because the member of etcd that was asked has lost
+	// the others. Another one may answer, or this one soon.
+	ErrNoLeader = errors.New("etcd has no leader")
 	// ErrCompacted: the revision asked for is no longer kept.
 	ErrCompacted = errors.New("revision is compacted")
 )

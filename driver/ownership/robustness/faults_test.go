@@ -225,6 +225,7 @@ func TestFaults(t *testing.T) {
 	}
 	t.Run("woken up", func(t *testing.T) { testWokenUp(t, c) })
 	t.Run("minority", func(t *testing.T) { testMinority(t, c) })
+	t.Run("register", func(t *testing.T) { testRegister(t, c) })
 }
 
 // testWokenUp compacts what has happened while a waiting node was cut off: its

@@ -71,3 +71,16 @@ func testMinority(t *testing.T, c *cluster) {
 	demand("nodes", func(ctx context.Context) error { _, err := a.Nodes(ctx); return err })
 	demand("died", func(ctx context.Context) error { _, err := a.Died(ctx, "a", "boot1"); return err })
 }
+
+// testRegister has nodes that reach all members begin their life.
+func testRegister(t *testing.T, c *cluster) {
+	c.withoutFirst(t)
+	hold(t.Context(), 2*time.Second)
+	rest, _ := c.endpoints(t)
+	var stores []ownership.Store
+	for range 3 {
+		all, _ := c.endpoints(t)
+		stores = append(stores, connect(t, all))
+	}
+	newWorld(t, 0, "/register", 1, connect(t, rest[1:]), stores...)
+}
