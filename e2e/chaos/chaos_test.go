@@ -214,14 +214,21 @@ func TestAttribute(t *testing.T) {
 }
 
 func TestTakeovers(t *testing.T) {
-	const log = `time="2026-11-22T02:09:40Z" level=info msg="level=info msg=done mount_id=2126ad7dd0ae op=mount took=404.75ms volume=db" plugin=2b07
-time="2026-11-22T02:09:47Z" level=info msg="level=warning msg=\"taken over from host host3 (token 18), which was cut off: 1 data servers\" volume=db" plugin=2b07
-time="2026-11-22T02:09:47Z" level=info msg="level=info msg=done mount_id=273b6597f93a op=mount took=5.14ms volume=other" plugin=2b07
-time="2026-11-22T02:09:47Z" level=info msg="level=warning msg=failed err=\"no\" mount_id=273b6597f93a op=mount took=3.00ms volume=db" plugin=2b07
-time="2026-11-22T02:09:48Z" level=info msg="level=info msg=done mount_id=273b6597f93a op=mount took=514.62ms volume=db" plugin=2b07
-time="2026-11-22T02:09:49Z" level=info msg="level=info msg=done mount_id=273b6597f93a op=mount took=6.00ms volume=db" plugin=2b07
-`
-	if got := takeovers(log); len(got) != 1 || got[0] != 514620*time.Microsecond {
-		t.Errorf("the Mounts with a takeover took %v, want 514.62ms", got)
+	fault := func(host string, at time.Duration) *injected {
+		return &injected{fault: &fault{name: "host killed", where: onHost}, host: &rig.Host{Name: host}, at: at * time.Second}
+	}
+	change := func(volume string, at time.Duration, node string) history.Change {
+		return history.Change{Volume: volume, At: at * time.Second, Node: node}
+	}
+	pending, forced := change("db", 114, "host3"), change("db", 116, "host3")
+	pending.Pending, forced.Forced = true, true
+	all, fences := takeovers(
+		[]history.Change{change("db", 1, "host1"), change("other", 2, "host2"), change("db", 50, "host2"), pending, forced, change("db", 130, "host1")},
+		[]*injected{fault("host1", 20), fault("host2", 60), fault("host2", 100), fault("host1", 110), fault("host2", 115)})
+	if want := []time.Duration{16 * time.Second}; !slices.Equal(all, want) {
+		t.Errorf("takeovers took %v, want %v", all, want)
+	}
+	if want := []time.Duration{2 * time.Second}; !slices.Equal(fences, want) {
+		t.Errorf("fences took %v, want %v", fences, want)
 	}
 }

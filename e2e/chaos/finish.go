@@ -16,6 +16,9 @@ import (
 // finish ends the services, reads what is on the volumes, and checks their
 // filesystems when they are detached. What goes wrong there is a violation.
 func (r *run) finish(ctx context.Context) error {
+	if err := r.mendDocker(ctx); err != nil {
+		return err
+	}
 	r.say("the services end")
 	for _, v := range r.volumes {
 		if _, err := r.manage(ctx, "service", "rm", v.name); err != nil {

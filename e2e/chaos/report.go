@@ -8,12 +8,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/flocker-plugin/flocker/e2e/chaos/history"
+	"github.com/flocker-plugin/flocker/e2e/rig"
 )
 
 // report is what a run has come to.
@@ -30,16 +30,21 @@ type report struct {
 	takeovers      int
 	unknownTimes   int
 	outages        map[string][]time.Duration // by fault
-	tookOver       []time.Duration            // the plugins' Mounts with a takeover
-	violations     []history.Violation
-	notes          []string
-	kept           string
+	// tookOver is from a host's fault until its volume had another owner, and fences
+	// what of that was the fence and the commit.
+	tookOver, fences []time.Duration
+	violations       []history.Violation
+	notes            []string
+	kept             string
 }
 
 // check runs every check.
 func (r *run) check(ctx context.Context) (*report, error) {
 	p := &report{run: r, notes: r.notes}
 	p.engine, _ = r.rig.Hosts[0].Docker(ctx, "version", "--format", "{{.Server.Version}}")
+	if r.engine == rig.Current {
+		p.engine = string(r.engine) // one that `make engine` has built does not know its version
+	}
 	all, err := r.witness.incarnations()
 	if err != nil {
 		return nil, err
@@ -53,6 +58,7 @@ func (r *run) check(ctx context.Context) (*report, error) {
 		return nil, err
 	}
 	p.count(all, changes)
+	p.tookOver, p.fences = takeovers(changes, r.injected)
 
 	p.violations = r.violations
 	add := func(found ...history.Violation) { p.violations = append(p.violations, found...) }
@@ -73,7 +79,7 @@ func (r *run) check(ctx context.Context) (*report, error) {
 		p.verified += verified
 		add(found...)
 	}
-	add(r.readLogs(p)...)
+	add(r.panics()...)
 	p.outages = attribute(history.Outages(all, outage), r.injected)
 	return p, nil
 }
@@ -112,15 +118,13 @@ func (p *report) count(all []*history.Incarnation, changes []history.Change) {
 	}
 }
 
-// readLogs takes from the plugins' logs how long takeovers took, and finds the ends of
-// plugins that nobody killed.
-func (r *run) readLogs(p *report) (found []history.Violation) {
+// panics finds the ends of plugins that nobody killed.
+func (r *run) panics() (found []history.Violation) {
 	for _, h := range r.rig.Hosts {
 		log, err := os.ReadFile(filepath.Join(h.Dir, "dockerd.log"))
 		if err != nil {
 			found = append(found, history.Violation{Check: "plugin", Text: err.Error()})
 		}
-		p.tookOver = append(p.tookOver, takeovers(string(log))...)
 		for line := range strings.Lines(string(log)) {
 			if strings.Contains(line, " plugin=") && (strings.Contains(line, "panic:") || strings.Contains(line, "fatal error:") || strings.Contains(line, "DATA RACE")) {
 				found = append(found, history.Violation{Check: "plugin", Text: h.Name + ": " + strings.TrimSpace(line)})
@@ -130,26 +134,27 @@ func (r *run) readLogs(p *report) (found []history.Violation) {
 	return found
 }
 
-var (
-	takenOver = regexp.MustCompile(`taken over from host .* volume=([^ "]+)`)
-	mounted   = regexp.MustCompile(`msg=done .*op=mount took=([0-9.]+m?s) volume=([^ "]+)`)
-)
-
-// takeovers finds in a log how long those Mounts took in which a volume was taken
-// over from a dead host.
-func takeovers(log string) (took []time.Duration) {
-	taken := map[string]bool{}
-	for line := range strings.Lines(log) {
-		if m := takenOver.FindStringSubmatch(line); m != nil {
-			taken[m[1]] = true
-		} else if m := mounted.FindStringSubmatch(line); m != nil && taken[m[2]] {
-			delete(taken, m[2])
-			if d, err := time.ParseDuration(m[1]); err == nil {
-				took = append(took, d)
+// takeovers says how long it took from the last fault of a host until its volume had
+// another owner, and how long of that the former owner's fence and the commit took.
+func takeovers(changes []history.Change, faults []*injected) (all, fences []time.Duration) {
+	owner, seized := map[string]string{}, map[string]time.Duration{}
+	for _, c := range changes {
+		switch {
+		case c.Pending:
+			seized[c.Volume] = c.At
+			continue
+		case c.Forced && c.At != 0:
+			fences = append(fences, c.At-seized[c.Volume])
+			for _, f := range slices.Backward(faults) {
+				if f.where == onHost && f.host.Name == owner[c.Volume] && f.at <= seized[c.Volume] {
+					all = append(all, c.At-f.at)
+					break
+				}
 			}
 		}
+		owner[c.Volume] = c.Node
 	}
-	return took
+	return all, fences
 }
 
 // lag is how long before a fault an outage it causes may seem to begin, and for how
@@ -256,11 +261,14 @@ func (p *report) markdown() string {
 		}
 	}
 	line("all", len(r.injected), every)
-	if len(p.tookOver) > 0 {
+	if len(p.tookOver) > 0 && len(p.fences) > 0 {
 		slices.Sort(p.tookOver)
+		slices.Sort(p.fences)
 		say("")
-		say("The plugin's Mount that takes a volume over from a dead host, which Swarm asks for when it has noticed: p50 %v, longest %v of %d.",
-			p.tookOver[(len(p.tookOver)-1)/2].Round(time.Millisecond), p.tookOver[len(p.tookOver)-1].Round(time.Millisecond), len(p.tookOver))
+		say("Until a dead host's volume had another owner, which includes the time until Swarm asked for that: p50 %.1f s, longest %.1f s of %d. "+
+			"The fence and the commit took p50 %v, longest %v of it.",
+			p.tookOver[(len(p.tookOver)-1)/2].Seconds(), p.tookOver[len(p.tookOver)-1].Seconds(), len(p.tookOver),
+			p.fences[(len(p.fences)-1)/2].Round(time.Millisecond), p.fences[len(p.fences)-1].Round(time.Millisecond))
 	}
 	if len(p.notes) > 0 {
 		say("")

@@ -409,7 +409,16 @@ func (r *run) try(ctx context.Context, what string, f func(context.Context) erro
 // settled waits until everything writes again, and looks whether every host knows
 // the volumes. That they do not is a violation, and not an error.
 func (r *run) settled(ctx context.Context) error {
-	if err := r.writing(ctx, r.settle); err != nil {
+	var err error
+	for limit := time.Now().Add(r.settle); time.Now().Before(limit); {
+		if err = r.writing(ctx, min(time.Until(limit), 30*time.Second)); err == nil || ctx.Err() != nil {
+			break
+		}
+		if err := r.mendDocker(ctx); err != nil {
+			return err
+		}
+	}
+	if err != nil {
 		stuck, ok := errors.AsType[*stuckError](err)
 		if !ok || ctx.Err() != nil {
 			return err
@@ -433,6 +442,39 @@ func (r *run) settled(ctx context.Context) error {
 		}
 	}
 	return ctx.Err()
+}
+
+// mendDocker starts the plugin again on hosts where Docker has lost sight of what it
+// mounts.
+//
+// A dockerd that finds the plugin of a killed one running stops it, and starts it
+// again as soon as its process has ended, while another of its goroutines unmounts
+// everything below the plugin's directory (HandleExitEvent in moby's plugin manager).
+// If that one is late, it takes away the mount through which the host sees what the new
+// process mounts, and containers with volumes do not start any more.
+func (r *run) mendDocker(ctx context.Context) error {
+	for _, h := range r.rig.Hosts {
+		if r.isBroken(h) {
+			continue
+		}
+		mending, cancel := context.WithTimeout(ctx, time.Minute)
+		defer cancel()
+		mounts, err := h.Exec(mending, "cat", "/proc/self/mountinfo")
+		if err != nil {
+			return err
+		}
+		if strings.Contains(mounts, "/propagated-mount ") {
+			continue
+		}
+		r.note("Docker has unmounted the plugin's directory of volumes on %s, as it may after a kill; the plugin is disabled and enabled", h.Name)
+		if _, err := h.Docker(mending, "plugin", "disable", "-f", rig.PluginName); err != nil {
+			r.note("%v", err)
+		}
+		if _, err := h.Docker(mending, "plugin", "enable", "--timeout", "0", rig.PluginName); err != nil {
+			r.note("%v", err)
+		}
+	}
+	return nil
 }
 
 // tasks is what Swarm says about a service.
