@@ -191,7 +191,7 @@ func testRemovedElsewhere(t *testing.T, c *cluster) {
 
 // wantRefusedMount sees the container of a volume not start, the Mount not
 // followed by an Unmount, and nothing of the container on the host's own disk.
-func wantRefusedMount(t *testing.T, c *cluster, h *rig.Host, volume, want string) {
+func wantRefusedMount(t *testing.T, c *cluster, h *rig.Host, volume, state, want string) {
 	t.Helper()
 	calls := callsOf(t, h)
 	text := refused(t, h, want, "run", "--rm", "-w", "/data", "--mount", on(volume), "busybox", "touch", "/data/on-the-bare-directory")
@@ -201,8 +201,8 @@ func wantRefusedMount(t *testing.T, c *cluster, h *rig.Host, volume, want string
 	if err != nil || found != "" {
 		t.Errorf("the container wrote %q on the host (%v)", found, err)
 	}
-	if s := status(t, h, volume); s["state"] != "free" {
-		t.Errorf("after the failed Mount: %v, want it free", s)
+	if s := status(t, h, volume); s["state"] != state {
+		t.Errorf("after the failed Mount: %v, want it %s", s, state)
 	}
 	if loops, err := c.Loops(); err != nil || len(loops) != loopsInUse(t, c) {
 		t.Errorf("loop devices %q with %d volumes in use (%v)", loops, loopsInUse(t, c), err)
@@ -225,7 +225,7 @@ func testDeviceMissing(t *testing.T, c *cluster) {
 		t.Fatal(err)
 	}
 	for _, h := range c.Hosts {
-		wantRefusedMount(t, c, h, "missing", "attach volume missing: ")
+		wantRefusedMount(t, c, h, "missing", "free", "attach volume missing: ")
 	}
 	if err := os.Rename(away, dir); err != nil {
 		t.Fatal(err)
@@ -259,7 +259,7 @@ func testDeviceReplaced(t *testing.T, c *cluster) {
 		t.Fatal(err)
 	}
 	for _, h := range c.Hosts {
-		wantRefusedMount(t, c, h, "replaced", "mount volume replaced: ")
+		wantRefusedMount(t, c, h, "replaced", "quarantined", "volume replaced is quarantined: mount volume replaced: ")
 	}
 	empty, err := os.ReadFile(files[0])
 	if err != nil || len(strings.Trim(string(empty), "\x00")) > 0 {
@@ -268,6 +268,7 @@ func testDeviceReplaced(t *testing.T, c *cluster) {
 	if err := os.Rename(away, files[0]); err != nil {
 		t.Fatal(err)
 	}
+	b.Run(t, "flocker", "volume", "reinstate", "replaced")
 	if got := sh(t, b, "replaced", "cat /data/f"); got != "precious" {
 		t.Errorf("when the file is back: %q, want %q", got, "precious")
 	}
@@ -441,7 +442,7 @@ func testBadNamesAndOptions(t *testing.T, c *cluster) {
 	refused(t, a, rule, "run", "--rm", "--mount", on("sub/dir"), "busybox", "true")
 
 	for _, tc := range []struct{ option, want string }{
-		{"sise=1G", "unknown option sise; did you mean size? valid options: backend, fs, gid, label.KEY, mkfs, mode, mount, preallocate, profile, size, uid"},
+		{"sise=1G", "unknown option sise; did you mean size? valid options: backend, fs, gid, label.KEY, mkfs, mode, mount, on-partition, preallocate, profile, size, uid"},
 		{"size=big", "size"},
 		{"size=-1G", "size"},
 		{"size=1K", "too small"},

@@ -178,8 +178,9 @@ func (r *rival) wantWriting(t *testing.T) {
 	})
 }
 
-// wantStopped waits until the former owner has seen that its volume is lost: its
-// writes have failed, it was killed, and nothing of the volume is left there.
+// wantStopped waits until the former owner has seen that its volume is lost: it was
+// killed, if not before its next write failed, and nothing of the volume is left
+// there. That nothing it wrote arrived is for wantHistory.
 func (r *rival) wantStopped(t *testing.T, id string) {
 	t.Helper()
 	const killed = "exited 137" // it ignores every other signal
@@ -199,7 +200,7 @@ func (r *rival) wantStopped(t *testing.T, id string) {
 	wantLogged(t, r.h, r.volume, "this host no longer owns it; what has it open here is stopped")
 	wantLogged(t, r.h, r.volume, "no longer the owner; unmounted and detached")
 	if said := r.said(t); !strings.Contains(said, "nput/output error") {
-		t.Errorf("%s says\n%s\nwant an I/O error", r.name, said)
+		t.Logf("%s was killed before it wrote again:\n%s", r.name, said)
 	}
 }
 
