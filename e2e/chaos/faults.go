@@ -263,10 +263,11 @@ func pauseDockerd(ctx context.Context, r *run, _ step, i *injected) error {
 	return signal(ctx, "STOP")
 }
 
-// killHost cuts a host's power. Every other time an operator sees that it is off,
-// where it takes one, and everything must write again before the host is back.
+// killHost cuts a host's power. Every other time, if nothing else is broken, an
+// operator sees that it is off, where it takes one, and everything must write again
+// before the host is back.
 func killHost(ctx context.Context, r *run, s step, i *injected) error {
-	if err := cutPower(ctx, r, i); err != nil || s.pick>>32%2 == 0 {
+	if err := cutPower(ctx, r, i); err != nil || s.pick>>32%2 == 0 || len(r.broken) > 1 {
 		return err
 	}
 	if slices.ContainsFunc(r.volumes, func(v *volume) bool { return !storages[v.backend].fences }) {

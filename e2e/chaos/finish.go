@@ -74,7 +74,7 @@ func (r *run) noContainers(ctx context.Context) error {
 		for _, h := range r.rig.Hosts {
 			out, err := h.Docker(ctx, "ps", "-aq")
 			if err != nil {
-				return err
+				left = append(left, err.Error())
 			}
 			for id := range strings.FieldsSeq(out) {
 				left = append(left, id+" on "+h.Name)

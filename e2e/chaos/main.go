@@ -94,18 +94,13 @@ func chaos(ctx context.Context, o options) (ok bool, err error) {
 		defer cancel()
 		err = errors.Join(err, r.close(ctx))
 	}()
-	if err := r.start(ctx); err != nil {
-		return false, err
-	}
-	if err := r.inject(ctx); err != nil {
-		return false, r.interrupted(ctx, err)
-	}
-	if err := r.finish(ctx); err != nil {
-		return false, r.interrupted(ctx, err)
-	}
-	report, err := r.check(ctx)
-	if err != nil {
-		return false, err
+	report, err := r.all(ctx)
+	switch {
+	case ctx.Err() != nil:
+		return false, errors.New("interrupted")
+	case err != nil:
+		dir, keepErr := r.keepAll(ctx)
+		return false, errors.Join(fmt.Errorf("%w\nseed %d; logs and histories are in %s", err, r.seed, dir), keepErr)
 	}
 	if ok = len(report.violations) == 0; o.sabotage {
 		ok = report.found("intervals") && report.found("data")
@@ -121,4 +116,13 @@ func chaos(ctx context.Context, o options) (ok bool, err error) {
 		err = os.WriteFile(o.report, []byte(text), 0o644)
 	}
 	return ok, err
+}
+
+func (r *run) all(ctx context.Context) (*report, error) {
+	for _, phase := range []func(context.Context) error{r.start, r.inject, r.finish} {
+		if err := phase(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return r.check(ctx)
 }

@@ -18,7 +18,13 @@ type others struct {
 	// slowest is the longest that one of the commands took.
 	slowest time.Duration
 	what    string
+	// hung are those that did not end.
+	hung []string
 }
+
+// hangs is when a command counts as one that does not end. A Mount may take 110 s, and
+// then there is the container.
+const hangs = 150 * time.Second
 
 // otherVolumes is how many names there are, and otherLabel what their containers have.
 const (
@@ -42,15 +48,18 @@ func (o *others) comeAndGo(ctx context.Context, r *run) {
 		}
 		args := commands[random.IntN(len(commands))]
 		began := time.Now()
-		// A Mount may take 110 s, and then there is the container.
-		running, cancel := context.WithTimeout(ctx, 150*time.Second)
+		running, cancel := context.WithTimeout(ctx, hangs)
 		_, err := h.Docker(running, args...)
+		hung := running.Err() != nil
 		cancel()
 		if ctx.Err() != nil {
 			return
 		}
 		if o.done++; err != nil {
 			o.failed++
+		}
+		if hung {
+			o.hung = append(o.hung, h.Name+": docker "+strings.Join(args, " "))
 		}
 		if took := time.Since(began); took > o.slowest {
 			o.slowest, o.what = took, strings.Join(args[:2], " ")+" on "+h.Name

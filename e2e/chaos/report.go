@@ -33,9 +33,11 @@ type report struct {
 	// tookOver is from a host's fault until its volume had another owner, and fences
 	// what of that was the fence and the commit.
 	tookOver, fences []time.Duration
-	violations       []history.Violation
-	notes            []string
-	kept             string
+	// moved is how long nothing was written at a planned move.
+	moved      []time.Duration
+	violations []history.Violation
+	notes      []string
+	kept       string
 }
 
 // check runs every check.
@@ -59,6 +61,7 @@ func (r *run) check(ctx context.Context) (*report, error) {
 	}
 	p.count(all, changes)
 	p.tookOver, p.fences = takeovers(changes, r.injected)
+	p.moved = history.Moves(all)
 
 	p.violations = r.violations
 	add := func(found ...history.Violation) { p.violations = append(p.violations, found...) }
@@ -243,9 +246,8 @@ func (p *report) markdown() string {
 			say("| %s | %d | 0 | | | |", name, injected)
 			return
 		}
-		slices.Sort(took)
-		say("| %s | %d | %d | %.1f s | %.1f s | %.1f s |", name, injected, len(took),
-			took[(len(took)-1)/2].Seconds(), took[(len(took)-1)*95/100].Seconds(), took[len(took)-1].Seconds())
+		p50, p95, longest := percentiles(took)
+		say("| %s | %d | %d | %.1f s | %.1f s | %.1f s |", name, injected, len(took), p50, p95, longest)
 	}
 	for _, f := range append(slices.Clone(faults), &fault{name: "no fault"}) {
 		injected := 0
@@ -261,14 +263,23 @@ func (p *report) markdown() string {
 		}
 	}
 	line("all", len(r.injected), every)
-	if len(p.tookOver) > 0 && len(p.fences) > 0 {
-		slices.Sort(p.tookOver)
-		slices.Sort(p.fences)
-		say("")
-		say("Until a dead host's volume had another owner, which includes the time until Swarm asked for that: p50 %.1f s, longest %.1f s of %d. "+
-			"The fence and the commit took p50 %v, longest %v of it.",
-			p.tookOver[(len(p.tookOver)-1)/2].Seconds(), p.tookOver[len(p.tookOver)-1].Seconds(), len(p.tookOver),
-			p.fences[(len(p.fences)-1)/2].Round(time.Millisecond), p.fences[len(p.fences)-1].Round(time.Millisecond))
+	say("")
+	say("| how long | count | p50 | p95 | longest |")
+	say("| --- | --- | --- | --- | --- |")
+	for _, l := range []struct {
+		what string
+		took []time.Duration
+	}{
+		{"nothing was written when a service moved as planned, containers included", p.moved},
+		{"from a host's fault until its volume had another owner, Swarm's part included", p.tookOver},
+		{"the fence and the commit of that", p.fences},
+	} {
+		if len(l.took) == 0 {
+			say("| %s | 0 | | | |", l.what)
+			continue
+		}
+		p50, p95, longest := percentiles(l.took)
+		say("| %s | %d | %.2f s | %.2f s | %.2f s |", l.what, len(l.took), p50, p95, longest)
 	}
 	if len(p.notes) > 0 {
 		say("")
@@ -281,8 +292,18 @@ func (p *report) markdown() string {
 	return b.String()
 }
 
+// percentiles are in seconds. There is at least one.
+func percentiles(took []time.Duration) (p50, p95, longest float64) {
+	slices.Sort(took)
+	at := func(percent int) float64 { return took[(len(took)-1)*percent/100].Seconds() }
+	return at(50), at(95), at(100)
+}
+
 // keepAll copies the logs and histories out of the rig, which is about to be removed.
 func (r *run) keepAll(ctx context.Context) (dir string, err error) {
+	if r.rig == nil {
+		return "no place", nil
+	}
 	if dir = r.keep; dir == "" {
 		dir, err = os.MkdirTemp("/var/tmp", "flocker-chaos-")
 	} else {
@@ -305,13 +326,4 @@ func (r *run) keepAll(ctx context.Context) (dir string, err error) {
 		}
 	}
 	return dir, errors.Join(errs...)
-}
-
-// interrupted is err, with the place of the logs unless the user has ended the run.
-func (r *run) interrupted(ctx context.Context, err error) error {
-	if ctx.Err() != nil {
-		return errors.New("interrupted")
-	}
-	dir, keepErr := r.keepAll(ctx)
-	return errors.Join(fmt.Errorf("%w\nseed %d; logs and histories are in %s", err, r.seed, dir), keepErr)
 }

@@ -247,6 +247,9 @@ func (r *run) inject(ctx context.Context) error {
 	defer func() {
 		stop()
 		wg.Wait()
+		for _, command := range r.others.hung {
+			r.violate("availability", "", "%s did not end within %v", command, hangs)
+		}
 	}()
 	for end := time.Now().Add(r.time); time.Now().Before(end) && len(r.violations) == 0; {
 		if err := r.step(ctx, r.plan.next()); err != nil {
@@ -298,7 +301,7 @@ func (r *run) step(ctx context.Context, s step) error {
 	if err != nil {
 		// Such as a kill of a container that has just ended by itself. What it may have
 		// broken is repaired as usual.
-		r.note("%s: %s: %v", s.name, i.what, err)
+		r.say("%s: %s: %v", s.name, i.what, err)
 	}
 	if i.until = time.Now().Add(s.hold); i.undo == nil {
 		i.repaired = history.Now()
@@ -433,15 +436,24 @@ func (r *run) settled(ctx context.Context) error {
 			continue
 		}
 		for _, v := range r.volumes {
-			looking, cancel := context.WithTimeout(ctx, 30*time.Second)
-			_, err := h.Docker(looking, "volume", "inspect", v.name)
-			cancel()
-			if err != nil && ctx.Err() == nil {
+			if err := inspect(ctx, h, v.name); err != nil && ctx.Err() == nil {
 				r.violate("availability", v.name, "nothing is broken, and %v", err)
 			}
 		}
 	}
 	return ctx.Err()
+}
+
+// inspect looks at a volume. It tries again for a minute: the plugin or Docker may
+// just be starting.
+func inspect(ctx context.Context, h *rig.Host, volume string) (err error) {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	for {
+		if _, err = h.Docker(ctx, "volume", "inspect", volume); err == nil || sleep(ctx, time.Second) != nil {
+			return err
+		}
+	}
 }
 
 // mendDocker starts the plugin again on hosts where Docker has lost sight of what it
@@ -457,21 +469,24 @@ func (r *run) mendDocker(ctx context.Context) error {
 		if r.isBroken(h) {
 			continue
 		}
-		mending, cancel := context.WithTimeout(ctx, time.Minute)
-		defer cancel()
-		mounts, err := h.Exec(mending, "cat", "/proc/self/mountinfo")
-		if err != nil {
+		if err := r.mendDockerOf(ctx, h); err != nil {
 			return err
 		}
-		if strings.Contains(mounts, "/propagated-mount ") {
-			continue
-		}
-		r.note("Docker has unmounted the plugin's directory of volumes on %s, as it may after a kill; the plugin is disabled and enabled", h.Name)
-		if _, err := h.Docker(mending, "plugin", "disable", "-f", rig.PluginName); err != nil {
-			r.note("%v", err)
-		}
-		if _, err := h.Docker(mending, "plugin", "enable", "--timeout", "0", rig.PluginName); err != nil {
-			r.note("%v", err)
+	}
+	return nil
+}
+
+func (r *run) mendDockerOf(ctx context.Context, h *rig.Host) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	mounts, err := h.Exec(ctx, "cat", "/proc/self/mountinfo")
+	if err != nil || strings.Contains(mounts, "/propagated-mount ") {
+		return err
+	}
+	r.note("Docker has unmounted the plugin's directory of volumes on %s, as it may after a kill; the plugin is disabled and enabled", h.Name)
+	for _, args := range [][]string{{"disable", "-f"}, {"enable", "--timeout", "0"}} {
+		if _, err := h.Docker(ctx, slices.Concat([]string{"plugin"}, args, []string{rig.PluginName})...); err != nil {
+			r.note("%v", err) // what comes of it is seen
 		}
 	}
 	return nil

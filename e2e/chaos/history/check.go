@@ -395,6 +395,24 @@ func Outages(all []*Incarnation, threshold time.Duration) []Outage {
 	return found
 }
 
+// Moves says how long nothing was written when a writer ended in peace on one node and
+// the next one of the volume began on another.
+func Moves(all []*Incarnation) (took []time.Duration) {
+	for _, of := range sorted(byVolume(all)) {
+		var last *Incarnation
+		for _, i := range of {
+			if len(i.Writes) == 0 {
+				continue
+			}
+			if last != nil && last.Closed != 0 && last.Node != i.Node {
+				took = append(took, i.Writes[0].At-last.LastWrite().At)
+			}
+			last = i
+		}
+	}
+	return took
+}
+
 // sorted goes through a map in the order of its keys.
 func sorted[V any](m map[string]V) func(yield func(string, V) bool) {
 	keys := make([]string, 0, len(m))

@@ -408,3 +408,19 @@ func TestOutages(t *testing.T) {
 		t.Errorf("longer than 20 s are %v", got)
 	}
 }
+
+func TestMoves(t *testing.T) {
+	closed := func(i *history.Incarnation) { i.Closed = 1 }
+	got := history.Moves([]*history.Incarnation{
+		with(life("c", 40*second, 10, 12), closed),
+		with(life("a", 10*second, 1, 5), closed),
+		with(life("b", 18*second, 6, 5), closed), // did not write
+		with(life("b", 20*second, 6, 9), closed),
+		life("c", 28*second, 10, 12),
+		with(life("b", 35*second, 13, 13), closed), // its predecessor was killed
+		with(life("c", 50*second, 13, 14), closed),
+	})
+	if want := []time.Duration{6 * second, 5 * second, 5 * second}; !slices.Equal(got, want) {
+		t.Errorf("moves took %v, want %v", got, want)
+	}
+}
