@@ -283,10 +283,14 @@ func (d *Driver) acquireConfirmed(ctx context.Context, ds *dataset, name string)
 // awaitRegistration waits for this node's first registration, before which nothing
 // that etcd says is believed.
 func (d *Driver) awaitRegistration(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, confirmWait)
+	ctx, cancel := context.WithTimeout(ctx, registrationWait)
 	defer cancel()
 	return d.cfg.Map.Registered(ctx)
 }
+
+// registrationWait bounds how long a Create or Remove waits for the registration of
+// a process that has just started. Docker may give a call no more than a few seconds.
+const registrationWait = 3 * time.Second
 
 // awaitStart waits for the first comparison with etcd, until which leftovers are
 // not told from the living, and for this node's first registration, without which
