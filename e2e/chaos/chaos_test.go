@@ -45,8 +45,11 @@ func TestDoubleMount(t *testing.T) {
 	command("mkfs.ext4", "-q", "-d", path("old"), path("img"))
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
+	write := func(dir, node string) error {
+		return intrude(ctx, 4*time.Second, path("img"), path(dir), path("writer"), "-volume", "db", "-node", node, "-witness", path("witness"), "-every", "20ms")
+	}
 	// An owner by the book leaves a clean filesystem and complete records.
-	if err := intrude(ctx, path("img"), path("first"), path("witness"), path("writer"), "db", 20*time.Millisecond, "host1"); err != nil {
+	if err := write("first", "host1"); err != nil {
 		t.Fatal(err)
 	}
 	if text := damaged(ctx, "ext4", path("img")); text != "" {
@@ -57,11 +60,8 @@ func TestDoubleMount(t *testing.T) {
 	}
 
 	errs := make(chan error, 2)
-	for n, name := range []string{"first", "second"} {
-		go func() {
-			errs <- intrude(ctx, path("img"), path(name), path("witness"), path("writer"), "db", 20*time.Millisecond, fmt.Sprint("host", n+2))
-		}()
-	}
+	go func() { errs <- write("first", "host2") }()
+	go func() { errs <- write("second", "host3") }()
 	for range 2 {
 		if err := <-errs; err != nil {
 			t.Fatal(err)

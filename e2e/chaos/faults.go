@@ -28,6 +28,8 @@ type fault struct {
 	// weight is how often it is chosen, beside the others.
 	weight int
 	where  place
+	// whom is what it hits, if that is not what its place says.
+	whom string
 	// storage is set for what only the test storage can do.
 	storage bool
 	// least and most are how long it lasts; 0 for what is over at once.
@@ -107,7 +109,7 @@ var faults = []*fault{
 		least: 2 * time.Second, most: 20 * time.Second, inject: slowStorage,
 	},
 	{
-		name: "storage hangs", help: "reads and writes of a volume are not answered", weight: 1, where: onStorage, storage: true,
+		name: "storage hangs", help: "reads and writes of a volume are not answered", weight: 1, where: onStorage, whom: "one volume", storage: true,
 		least: time.Second, most: 25 * time.Second, inject: hangStorage,
 	},
 	{
@@ -123,7 +125,7 @@ var faults = []*fault{
 		least: time.Second, most: 20 * time.Second, inject: pauseEtcd,
 	},
 	{
-		name: "etcd gone", help: "SIGSTOP for all three", weight: 1, where: onEtcd,
+		name: "etcd gone", help: "SIGSTOP for all three", weight: 1, where: onEtcd, whom: "all members",
 		least: time.Second, most: 25 * time.Second, inject: pauseAllEtcd,
 	},
 }
@@ -428,7 +430,6 @@ func pauseEtcd(_ context.Context, r *run, s step, i *injected) error {
 }
 
 func pauseAllEtcd(_ context.Context, r *run, _ step, i *injected) error {
-	i.what = "all members"
 	each := func(f func(int) error) error {
 		var errs []error
 		for member := range len(r.endpoints) {
@@ -489,7 +490,6 @@ func hangStorage(ctx context.Context, r *run, s step, i *injected) error {
 		return errors.New("no volume is attached")
 	}
 	ref := grants.Grants[s.pick%uint64(len(grants.Grants))].Ref
-	i.what = ref
 	return storageFaults(ctx, r, i, nil, []teststore.DataFault{{Ref: ref, Hang: true}})
 }
 

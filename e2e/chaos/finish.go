@@ -186,12 +186,12 @@ func (r *run) doubleMount(ctx context.Context) (err error) {
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return err
 	}
-	return intrude(ctx, file, dir, r.witness.dir, r.writer, v.name, r.every, "intruder")
+	return intrude(ctx, 8*time.Second, file, dir, r.writer, "-volume", v.name, "-node", "intruder", "-witness", r.witness.dir, "-every", r.every.String())
 }
 
 // intrude mounts an ext4 filesystem from its file and has a writer write to it for
-// some seconds, whoever else has it mounted.
-func intrude(ctx context.Context, file, dir, witness, writer, volume string, every time.Duration, node string) (err error) {
+// some time, whoever else has it mounted.
+func intrude(ctx context.Context, long time.Duration, file, dir, writer string, args ...string) (err error) {
 	command := func(ctx context.Context, args ...string) (string, error) {
 		out, err := exec.CommandContext(ctx, args[0], args[1:]...).CombinedOutput()
 		if err != nil {
@@ -226,13 +226,13 @@ func intrude(ctx context.Context, file, dir, witness, writer, volume string, eve
 		}
 	}
 	defer cleanup("umount", dir)
-	writing, cancel := context.WithTimeout(ctx, 8*time.Second)
+	writing, cancel := context.WithTimeout(ctx, long)
 	defer cancel()
 	data := filepath.Join(dir, "data")
 	if _, err := os.Stat(data); err != nil {
 		data = dir
 	}
-	cmd := exec.CommandContext(writing, writer, "-volume", volume, "-node", node, "-dir", data, "-witness", witness, "-every", every.String())
+	cmd := exec.CommandContext(writing, writer, append(args, "-dir", data)...)
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
 	cmd.WaitDelay = 5 * time.Second
 	// That its I/O fails is what a filesystem mounted twice may come to.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -286,6 +287,7 @@ func (r *run) step(ctx context.Context, s step) error {
 			return sleep(ctx, time.Second)
 		}
 	}
+	i.what = cmp.Or(s.whom, i.what)
 	lasting := ""
 	if s.most > 0 {
 		lasting = fmt.Sprintf(", for %v", s.hold.Round(100*time.Millisecond))
@@ -326,7 +328,8 @@ func (r *run) aim(s step, i *injected) bool {
 	v := r.volumes[s.pick%uint64(len(r.volumes))]
 	switch s.where {
 	case onEtcd, onStorage:
-		if i.what = "of all hosts"; s.where == onEtcd {
+		i.what = "all of it"
+		if s.where == onEtcd {
 			i.what = fmt.Sprintf("member %d", s.pick%3+1)
 		}
 		for _, b := range r.broken {
