@@ -92,6 +92,9 @@ hosts: deps plugin ## Docker hosts to try things out on; ARGS='-n 2 -engine 29' 
 bench: deps plugin ## how fast it is, beside Docker's local driver and the bare system calls
 	$(GO) run ./e2e/bench
 
+# The linter's own cache remembers findings by the path of another work tree.
+check: export GOLANGCI_LINT_CACHE := $(CURDIR)/build/lint-cache
+
 .PHONY: check
 check: lint ## formatting, vet, linters, go.mod
 	$(BIN)/golangci-lint fmt --diff
