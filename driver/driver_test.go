@@ -509,6 +509,45 @@ func TestNameUsedAgainOnAnotherNode(t *testing.T) {
 	})
 }
 
+// A mount outlasts a short failure of the storage, and says what is wrong in the end
+// of a long one.
+func TestMountWaitsForTheStorage(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		down time.Duration
+		want string
+	}{
+		{"short", 20 * time.Second, ""},
+		{"long", time.Hour, "attach volume db: attach: the storage system is down: unavailable"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			inCluster(t, oneNode, nil, func(t *testing.T, cl *cluster) {
+				a := cl.nodes["a"]
+				a.create("db", nil)
+				up := time.Now().Add(c.down)
+				calls := 0
+				cl.storage.Inject(func(call backendtest.Call) backendtest.Fault {
+					if call.Method == "Attach" {
+						calls++
+					}
+					return backendtest.Fault{Refused: call.Method == "Attach" && time.Now().Before(up)}
+				})
+				began := time.Now()
+				_, err := a.Mount(t.Context(), "db", "id1")
+				took := time.Since(began)
+				if c.want == "" && (err != nil || took > c.down+5*time.Second) {
+					t.Errorf("mounted after %v: %v", took, err)
+				} else if c.want != "" {
+					wantError(t, err, c.want)
+				}
+				if took > 40*time.Second || calls < 5 || calls > 30 {
+					t.Errorf("it asked %d times in %v", calls, took)
+				}
+			})
+		})
+	}
+}
+
 // A removal whose storage cannot be reached frees the name at once and is
 // finished later.
 func TestRemovalIsFinishedLater(t *testing.T) {

@@ -21,6 +21,9 @@ const (
 	// settle is how long after a Mount's reply its container may not be seen yet,
 	// neither by the kernel nor by Docker (safety: Docker bind-mounts later).
 	settle = 60 * time.Second
+	// backendPatience is how long a mount goes on asking a storage system that does
+	// not answer. Docker's own patience is longer.
+	backendPatience = 30 * time.Second
 )
 
 // target is where a volume's filesystem is mounted; containers get its DataDir.
@@ -238,23 +241,40 @@ func (d *Driver) attach(ctx context.Context, ds *dataset, undo *undoStack) error
 	}
 	// Pushed before the call: one that fails may have attached all the same.
 	undo.push("detach", func(ctx context.Context) error { return d.detach(ctx, ds) })
-	want := backends.Attachment{Ref: ds.vol.Ref, Volume: ds.id, Node: d.cfg.Node.ID, Token: ds.token}
-	ds.att = &want
-	att, err := backend.Attach(ctx, backends.AttachRequest{Ref: want.Ref, Volume: want.Volume, Token: want.Token})
+	ds.att = &backends.Attachment{Ref: ds.vol.Ref, Volume: ds.id, Node: d.cfg.Node.ID, Token: ds.token}
+	for started, wait := time.Now(), 200*time.Millisecond; ; wait = min(2*wait, poll) {
+		att, err := d.attachOnce(ctx, backend, ds)
+		if err == nil {
+			ds.att, ds.closed = &att, false
+			return nil
+		}
+		if !errors.Is(err, backends.ErrUnavailable) || time.Since(started) > backendPatience || !sleep(ctx, jitter(wait)) {
+			return err
+		}
+		if lost := d.stillOwned(ctx, ds); lost != nil {
+			return errors.Join(err, lost)
+		}
+	}
+}
+
+// attachOnce attaches a volume under the present token, also if an attachment of an
+// older one is in the way.
+func (d *Driver) attachOnce(ctx context.Context, backend backends.Backend, ds *dataset) (backends.Attachment, error) {
+	req := backends.AttachRequest{Ref: ds.vol.Ref, Volume: ds.id, Token: ds.token}
+	att, err := backend.Attach(ctx, req)
 	if other, ok := errors.AsType[*backends.AttachedError](err); ok {
 		again, failed := d.makeWay(ctx, backend, ds, other)
 		if failed != nil {
-			return failed
+			return backends.Attachment{}, failed
 		}
 		if again {
-			att, err = backend.Attach(ctx, backends.AttachRequest{Ref: want.Ref, Volume: want.Volume, Token: want.Token})
+			att, err = backend.Attach(ctx, req)
 		}
 	}
 	if err != nil {
-		return fmt.Errorf("attach volume %s: %w", ds.vol.Name, err)
+		return backends.Attachment{}, fmt.Errorf("attach volume %s: %w", ds.vol.Name, err)
 	}
-	ds.att, ds.closed = &att, false
-	return nil
+	return att, nil
 }
 
 // makeWay ends an attachment of an older token that is in the way: of this node, or
