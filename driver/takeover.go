@@ -413,11 +413,27 @@ func (d *Driver) ConfirmDead(ctx context.Context, host string, death ownership.D
 	return d.cfg.Map.DeclareDead(ctx, host, death)
 }
 
-// Reinstate takes a volume out of quarantine.
+// NotQuarantinedError says that a volume cannot be taken out of quarantine, because
+// it is in none. It matches ownership.ErrConflict.
+type NotQuarantinedError struct {
+	Volume ownership.Volume
+}
+
+func (e *NotQuarantinedError) Error() string {
+	return fmt.Sprintf("volume %s is not quarantined (it is %s), so nothing was changed", e.Volume.Name, e.Volume.Phase)
+}
+
+// Is makes it an ErrConflict.
+func (e *NotQuarantinedError) Is(target error) bool { return target == ownership.ErrConflict }
+
+// Reinstate takes a volume out of quarantine. *NotQuarantinedError if it is in none.
 func (d *Driver) Reinstate(ctx context.Context, name string) error {
 	view, err := d.cfg.Map.Lookup(ctx, name)
 	if err != nil {
 		return d.explain(name, err)
+	}
+	if view.Volume.Phase != ownership.PhaseQuarantined {
+		return &NotQuarantinedError{view.Volume}
 	}
 	vol, err := d.cfg.Map.Reinstate(ctx, view.Volume.ID)
 	if err != nil {

@@ -529,7 +529,11 @@ func TestQuarantine(t *testing.T) {
 			t.Fatal(err)
 		}
 		b.mount("db", "id4")
-		wantError(t, b.Reinstate(t.Context(), "db"), "volume db", "not quarantined")
+		err = b.Reinstate(t.Context(), "db")
+		wantError(t, err, "volume db is not quarantined (it is ready), so nothing was changed")
+		if !errors.Is(err, ownership.ErrConflict) {
+			t.Errorf("%v is no ErrConflict, as which it is the operator's mistake", err)
+		}
 	})
 }
 
