@@ -367,9 +367,9 @@ func TestFenceFails(t *testing.T) {
 				a.create("db", nil)
 				a.mount("db", "id1")
 				a.kill()
-				down := true
+				var up atomic.Bool
 				c.storage.Inject(func(call backendtest.Call) backendtest.Fault {
-					return backendtest.Fault{Refused: down && call.Method == "Fence"}
+					return backendtest.Fault{Refused: !up.Load() && call.Method == "Fence"}
 				})
 				ctx, cancel := context.WithTimeout(t.Context(), 100*time.Second)
 				defer cancel()
@@ -390,7 +390,7 @@ func TestFenceFails(t *testing.T) {
 				if ending == "the taker dies" {
 					b.kill()
 				}
-				down = false
+				up.Store(true)
 				for start := time.Now(); ; time.Sleep(time.Second) {
 					ctx, cancel := context.WithTimeout(t.Context(), 100*time.Second)
 					_, err := third.Mount(ctx, "db", "id4")
