@@ -145,7 +145,19 @@ func TestEtcdRefusals(t *testing.T) {
 func TestEtcdStartCancelled(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, _, err := startEtcd(ctx, etcdConfig{Dir: t.TempDir(), Listen: freeAddress(t), Log: testLog(t)}); err == nil {
+	dir := t.TempDir()
+	if _, _, err := startEtcd(ctx, etcdConfig{Dir: dir, Listen: freeAddress(t), Log: testLog(t)}); err == nil {
 		t.Error("it started")
+	}
+	// It ends by itself, and lets go of its directory.
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		unlock, err := lockEtcdDir(dir)
+		if err == nil {
+			unlock()
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatal(err)
+		}
 	}
 }
