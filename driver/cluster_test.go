@@ -114,6 +114,7 @@ func (n *node) startWith(registered context.Context, partitioned bool) {
 		Seen:      seen,
 		Condemned: func(ctx context.Context, death ownership.Death) error { return d.GiveUp(ctx, death) },
 		Healthy:   func() error { return d.Healthy() },
+		Keep:      func(seen ownership.Seen) { d.KeepSeen(seen) },
 		Identify: func(ctx context.Context) (map[string]string, error) {
 			known, ok := backends.As[backends.Identifier](n.c.storage.Node(id.ID))
 			if !ok {

@@ -697,6 +697,52 @@ func TestCreateIsUndoneIfTheStorageFails(t *testing.T) {
 	})
 }
 
+// seen is what is in the node's seen.json.
+func (n *node) seen() ownership.Seen {
+	n.c.t.Helper()
+	s, err := driver.LoadSeen(n.stateDir)
+	if err != nil {
+		n.c.t.Fatal(err)
+	}
+	return s
+}
+
+// An idle cluster is no reason to write, but now and then.
+func TestSeenOfIdleCluster(t *testing.T) {
+	inCluster(t, []string{"a"}, nil, func(t *testing.T, c *cluster) {
+		a := c.nodes["a"]
+		c.settle(time.Minute)
+		before := a.seen()
+		c.settle(7 * time.Minute)
+		if got := a.seen(); got != before || got.Cluster == "" || got.At == 0 {
+			t.Errorf("seen.json has %+v after %+v, though nothing happened", got, before)
+		}
+		c.settle(5 * time.Minute)
+		if got := a.seen(); got.At <= before.At {
+			t.Errorf("seen.json has %+v after %+v, of long ago", got, before)
+		}
+	})
+}
+
+// That a host refuses etcd is on its disk at once: killed then, it must not believe
+// that etcd when its revision has caught up.
+func TestRefusalIsKept(t *testing.T) {
+	never := func(cfg *driver.Config) { cfg.Reconcile = 24 * time.Hour }
+	inCluster(t, []string{"a"}, never, func(t *testing.T, c *cluster) {
+		a := c.nodes["a"]
+		before := a.seen()
+		meta := c.etcd.Keys("/flocker/v1/meta")[0]
+		older := fmt.Appendf(nil, `{"cluster":%q,"gen":0,"schema":1}`, before.Cluster)
+		if _, err := c.etcd.Txn(t.Context(), ownership.Txn{Then: []ownership.Op{{Kind: ownership.OpPut, Key: meta.Key, Value: older}}}); err != nil {
+			t.Fatal(err)
+		}
+		c.settle(2 * time.Minute) // it looks once a minute
+		if got := a.seen(); !got.Older || got.Gen != before.Gen || got.Cluster != before.Cluster {
+			t.Errorf("seen.json has %+v after %+v, want it older", got, before)
+		}
+	})
+}
+
 func TestEtcdAway(t *testing.T) {
 	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
 		a, b := c.nodes["a"], c.nodes["b"]

@@ -179,10 +179,15 @@ func (j *journal) loadKnown() ([]ownership.Volume, error) {
 func (j *journal) saveSeen(seen ownership.Seen) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if seen == j.seen {
+	was := j.seen
+	if seen.At-was.At < 600 {
+		was.At = seen.At // an idle cluster is no reason to write
+	}
+	if seen == was {
 		return nil
 	}
-	if err := writeJSON(filepath.Join(j.dir, seenFile), seen, seen.Cluster != j.seen.Cluster); err != nil {
+	sync := seen.Cluster != was.Cluster || seen.Gen != was.Gen || seen.Older != was.Older
+	if err := writeJSON(filepath.Join(j.dir, seenFile), seen, sync); err != nil {
 		return fmt.Errorf("write what was seen of the cluster: %w", err)
 	}
 	j.seen = seen

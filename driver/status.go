@@ -260,8 +260,11 @@ func (d *Driver) keepKnown(ctx context.Context) {
 }
 
 // saveSeen keeps how far this node has followed the cluster.
-func (d *Driver) saveSeen() {
-	if seen := d.cfg.Map.Seen(); seen.Cluster != "" {
+func (d *Driver) saveSeen() { d.KeepSeen(d.cfg.Map.Seen()) }
+
+// KeepSeen is ownership.Config's Keep.
+func (d *Driver) KeepSeen(seen ownership.Seen) {
+	if seen.Cluster != "" {
 		if err := d.journal.saveSeen(seen); err != nil {
 			d.log.Warn(err)
 		}

@@ -74,6 +74,7 @@ func start(ctx context.Context, s settings, srv *server, log *logrus.Entry) {
 		Identify:  func(ctx context.Context) (map[string]string, error) { return identities(ctx, storage) },
 		Condemned: func(ctx context.Context, death ownership.Death) error { return d.GiveUp(ctx, death) },
 		Healthy:   func() error { return d.Healthy() },
+		Keep:      func(seen ownership.Seen) { d.KeepSeen(seen) },
 	})
 	d, err = persist(ctx, log, "driver", func() (*driver.Driver, error) { //nolint:contextcheck // the driver's work ends with Run
 		return driver.New(driver.Config{

@@ -275,16 +275,16 @@ func (e *Etcd) Grant(ctx context.Context, ttl time.Duration) (int64, time.Durati
 }
 
 // KeepAliveOnce is Store's.
-func (e *Etcd) KeepAliveOnce(ctx context.Context, lease int64) (time.Duration, error) {
+func (e *Etcd) KeepAliveOnce(ctx context.Context, lease int64) (time.Duration, int64, error) {
 	client, err := e.connect(ctx)
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	res, err := client.KeepAliveOnce(clientv3.WithRequireLeader(ctx), clientv3.LeaseID(lease))
 	if err != nil {
-		return 0, e.wrap(err)
+		return 0, 0, e.wrap(err)
 	}
-	return time.Duration(res.TTL) * time.Second, nil
+	return time.Duration(res.TTL) * time.Second, res.GetRevision(), nil
 }
 
 // Revoke is Store's.

@@ -146,8 +146,16 @@ func (f *Faults) Grant(ctx context.Context, ttl time.Duration) (int64, time.Dura
 }
 
 // KeepAliveOnce is Store's.
-func (f *Faults) KeepAliveOnce(ctx context.Context, lease int64) (time.Duration, error) {
-	return deliver(ctx, f, "keepalive", func(ctx context.Context) (time.Duration, error) { return f.store.KeepAliveOnce(ctx, lease) })
+func (f *Faults) KeepAliveOnce(ctx context.Context, lease int64) (time.Duration, int64, error) {
+	type renewal struct {
+		ttl      time.Duration
+		revision int64
+	}
+	r, err := deliver(ctx, f, "keepalive", func(ctx context.Context) (renewal, error) {
+		ttl, revision, err := f.store.KeepAliveOnce(ctx, lease)
+		return renewal{ttl, revision}, err
+	})
+	return r.ttl, r.revision, err
 }
 
 // Revoke is Store's.

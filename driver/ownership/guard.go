@@ -4,12 +4,22 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/google/uuid"
 )
 
 // accept is the way on for an operator who has restored etcd on purpose.
 const accept = "restore a newer backup; or, if there is none, stop every container that uses a volume, and type: docker flocker cluster accept-restore"
+
+// restoreAgain is the way on where the revision is lower than this node has seen: the
+// tokens in between would be given a second time, and to Check and Release one that
+// was given before is as good as the new one. The number is enough for every backup.
+func restoreAgain(before int64) string {
+	const step = 1_000_000_000
+	bump := (before + leap + step - 1) / step * step
+	return fmt.Sprintf("restore it once more, with: etcdutl snapshot restore --bump-revision %d --mark-compacted", bump)
+}
 
 // Unsafe says why this node refuses the etcd it reaches: it has another cluster,
 // or an older state of this one. Every call that reads or writes it is an
@@ -48,27 +58,29 @@ func (m *Map) distrust(err error) error {
 }
 
 func putBack(revision, before int64) error {
-	return fmt.Errorf("etcd is at revision %d and was at %d before: it has been put back to an older state; %s", revision, before, accept)
+	return fmt.Errorf("etcd is at revision %d and was at %d before: it has been put back to an older state; "+
+		"restore a newer backup; or, if there is none, stop every container that uses a volume, %s; then type: docker flocker cluster accept-restore",
+		revision, before, restoreAgain(before))
 }
 
-// leap is how far the revision cannot go between two answers that one process gets:
-// etcd makes some ten thousand a second, and a process asks twice a minute. A backup
-// that is restored with --bump-revision leaps by a thousand million, and what it says
-// is as old as without.
-const leap = 100_000_000
+// The revision cannot go further than leap and pace together between two answers
+// that a node gets, also where a life of its process ended between them: etcd makes
+// some ten thousand a second for a while, and far less for days. A backup that is
+// restored with --bump-revision leaps by a thousand million, and what it says is as
+// old as without.
+const (
+	leap = 100_000_000
+	pace = 1000 // a second
+)
+
+// leaps says whether etcd cannot have got from before, when it answered last, to
+// revision.
+func (m *Map) leaps(revision, before int64) bool {
+	return revision-before > leap+pace*max(0, time.Now().Unix()-m.at.Load())
+}
 
 func leapt(revision, before int64) error {
-	return fmt.Errorf("etcd is at revision %d and was at %d a moment before: it has been put back to an older state, with its revision raised; %s", revision, before, accept)
-}
-
-// running says that this process has been registered before.
-func (m *Map) running() bool {
-	select {
-	case <-m.registered:
-		return true
-	default:
-		return false
-	}
+	return fmt.Errorf("etcd is at revision %d and was at %d not long before: it has been put back to an older state, with its revision raised; %s", revision, before, accept)
 }
 
 // join reads meta, or makes it, and refuses a cluster that is not the one this
@@ -87,18 +99,16 @@ func (m *Map) join(ctx context.Context) error {
 	fresh.revision = res.Revision
 	found, err := m.judge(known, fresh, res)
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.unsafe = err; err != nil {
-		return err
+	if m.unsafe = err; err == nil {
+		m.observe(res.Revision)
+		m.older = m.older && found.Gen == known.Gen
+		m.meta = found
 	}
-	if found.Gen > known.Gen || !m.running() {
-		m.revision.Store(res.Revision)
+	m.mu.Unlock()
+	if now := m.Seen(); m.cfg.Keep != nil && (now.Cluster != known.Cluster || now.Gen != known.Gen || now.Older != known.Older) {
+		m.cfg.Keep(now)
 	}
-	if found.Gen > known.Gen {
-		m.older = false
-	}
-	m.meta = found
-	return nil
+	return err
 }
 
 // judge compares the cluster there is with the one this node knows.
@@ -117,22 +127,30 @@ func (m *Map) judge(known Seen, fresh meta, res TxnResult) (meta, error) {
 	case found.Cluster != known.Cluster:
 		return meta{}, m.foreign(found, known)
 	case found.Gen < known.Gen:
+		m.setOlder() // a node that knows less may make the generation what it was
 		return meta{}, fmt.Errorf("cluster %s is at generation %d and was at %d before: etcd has been put back to an older state; %s", found.Cluster, found.Gen, known.Gen, accept)
+	case found.Gen > known.Gen && res.Revision >= known.Revision && (!known.Older || found.revision > known.Revision):
 	case found.Gen > known.Gen:
+		// On another node, that had not seen as much.
+		m.setOlder()
+		return meta{}, fmt.Errorf("an etcd that was put back to an older state was accepted at revision %d, and this host has seen %d; stop every container that uses a volume, %s; then type: docker flocker cluster accept-restore",
+			found.revision, known.Revision, restoreAgain(known.Revision))
 	case res.Revision < known.Revision:
-		m.mu.Lock()
-		m.older = true
-		m.mu.Unlock()
+		m.setOlder()
 		return meta{}, putBack(res.Revision, known.Revision)
-	case m.running() && res.Revision-known.Revision > leap:
-		m.mu.Lock()
-		m.older = true
-		m.mu.Unlock()
+	case m.leaps(res.Revision, known.Revision):
+		m.setOlder()
 		return meta{}, leapt(res.Revision, known.Revision)
 	case known.Older:
 		return meta{}, fmt.Errorf("etcd was put back to an older state, which has gone on since (revision %d); %s", res.Revision, accept)
 	}
 	return found, nil
+}
+
+func (m *Map) setOlder() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.older = true
 }
 
 func (m *Map) foreign(found meta, known Seen) error {
@@ -144,8 +162,9 @@ func (m *Map) foreign(found meta, known Seen) error {
 // it. All nodes then register again by themselves. No container may use a volume
 // meanwhile: what this older etcd says may have been untrue for a long time.
 //
-// It works while this node refuses etcd, but not for another cluster or an etcd
-// without data.
+// It works while this node refuses etcd, but not for another cluster, an etcd
+// without data, or one whose revision is below what this node has seen: tokens would
+// be given a second time.
 func (m *Map) AcceptRestore(ctx context.Context) (gen int64, err error) {
 	known, key := m.Seen(), m.key("meta")
 	res, err := m.exchange(ctx, Txn{Then: []Op{get(key)}}, m.cfg.Timeout)
@@ -162,6 +181,10 @@ func (m *Map) AcceptRestore(ctx context.Context) (gen int64, err error) {
 	}
 	if known.Cluster != "" && next.Cluster != known.Cluster {
 		return 0, m.foreign(next, known)
+	}
+	if res.Revision < known.Revision {
+		return 0, fmt.Errorf("etcd is at revision %d and this host has seen %d, so nothing was changed: tokens that were given before would be given again; %s; then type this again",
+			res.Revision, known.Revision, restoreAgain(known.Revision))
 	}
 	next.Gen = max(next.Gen, known.Gen) + 1
 	m.mu.Lock()

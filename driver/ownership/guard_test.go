@@ -3,6 +3,7 @@ package ownership_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -18,11 +19,15 @@ type exchangeable struct {
 	ownership.Store
 	now   atomic.Pointer[ownership.Memory]
 	stale atomic.Int64 // how much lower the next transaction's revision is
+	bump  atomic.Int64 // how much higher all are than Memory's
+	lag   atomic.Int64 // how much lower those of renewals are
+	calls atomic.Int64 // how many transactions there were
 }
 
 func (e *exchangeable) Txn(ctx context.Context, txn ownership.Txn) (ownership.TxnResult, error) {
+	e.calls.Add(1)
 	res, err := e.now.Load().Txn(ctx, txn)
-	res.Revision -= e.stale.Swap(0)
+	res.Revision += e.bump.Load() - e.stale.Swap(0)
 	return res, err
 }
 
@@ -30,8 +35,9 @@ func (e *exchangeable) Grant(ctx context.Context, ttl time.Duration) (int64, tim
 	return e.now.Load().Grant(ctx, ttl)
 }
 
-func (e *exchangeable) KeepAliveOnce(ctx context.Context, lease int64) (time.Duration, error) {
-	return e.now.Load().KeepAliveOnce(ctx, lease)
+func (e *exchangeable) KeepAliveOnce(ctx context.Context, lease int64) (time.Duration, int64, error) {
+	ttl, revision, err := e.now.Load().KeepAliveOnce(ctx, lease)
+	return ttl, revision + e.bump.Load() - e.lag.Load(), err
 }
 
 func (e *exchangeable) Revoke(ctx context.Context, lease int64) error {
@@ -42,18 +48,21 @@ func (e *exchangeable) Watch(ctx context.Context, key string, prefix bool, from 
 	return e.now.Load().Watch(ctx, key, prefix, from)
 }
 
-func run(t *testing.T, store ownership.Store, seen ownership.Seen) (m *ownership.Map, stop func()) {
+// It returns what the process has kept on its disk as well, which is good after stop.
+func run(t *testing.T, store ownership.Store, seen ownership.Seen) (m *ownership.Map, stop func() ownership.Seen) {
 	t.Helper()
+	kept := seen
 	began := time.Now()
 	m = ownership.New(store, ownership.Node{ID: "a", Host: "host-a", Boot: "boot-a"}, ownership.Config{
-		Now: func() time.Duration { return time.Since(began) }, Seen: seen,
+		Now: func() time.Duration { return time.Since(began) }, Seen: seen, Keep: func(seen ownership.Seen) { kept = seen },
 	})
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- m.Run(ctx) }()
-	return m, func() {
+	return m, func() ownership.Seen {
 		cancel()
 		<-done
+		return kept
 	}
 }
 
@@ -106,7 +115,7 @@ func TestPutBackWhileRunning(t *testing.T) {
 		before := m.Seen()
 
 		store.now.Store(backup)
-		time.Sleep(70 * time.Second) // nothing is asked but by the node itself
+		time.Sleep(3 * time.Second) // nothing is asked but by the node itself
 		refused := func(m *ownership.Map, want string) {
 			t.Helper()
 			for what, err := range map[string]error{"Live": m.Live(), "Create": create(m, "new")} {
@@ -128,8 +137,13 @@ func TestPutBackWhileRunning(t *testing.T) {
 		time.Sleep(10 * time.Second)
 		const caughtUp = "etcd was put back to an older state, which has gone on since"
 		refused(m, caughtUp)
-		stop()
-		m, stop = run(t, store, m.Seen())
+		// Killed, it has not been asked any more what to keep.
+		kept := stop()
+		if kept.Revision > before.Revision || !kept.Older {
+			t.Errorf("kept is %+v, want %+v or less, and older", kept, before)
+		}
+		before = kept
+		m, stop = run(t, store, kept)
 		time.Sleep(10 * time.Second)
 		refused(m, caughtUp)
 
@@ -146,7 +160,82 @@ func TestPutBackWhileRunning(t *testing.T) {
 		if got := m.Seen(); got.Older || got.Gen != 2 {
 			t.Errorf("seen is %+v", got)
 		}
-		stop()
+		if kept := stop(); kept.Older || kept.Gen != 2 {
+			t.Errorf("kept is %+v", kept)
+		}
+	})
+}
+
+// A revision that was raised is noticed by who has nothing to ask, and by the next
+// process; etcd may have been used by others in the meantime.
+func TestRaised(t *testing.T) {
+	const want = "with its revision raised; restore a newer backup"
+	for _, c := range []struct {
+		off    time.Duration // 0: the process runs on
+		by     int64
+		raised bool
+	}{
+		{0, 1_000_000_000, true},
+		{0, 50_000_000, false},
+		{time.Minute, 1_000_000_000, true},
+		{7 * 24 * time.Hour, 1_000_000_000, true},
+		{7 * 24 * time.Hour, 600_000_000, false},
+		{time.Hour, 100_000_000, false},
+		{30 * 24 * time.Hour, 1_000_000_000, false}, // nobody can tell
+	} {
+		t.Run(fmt.Sprint(c.off, c.by), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				store := &exchangeable{}
+				store.now.Store(ownership.NewMemory())
+				m, stop := run(t, store, ownership.Seen{})
+				time.Sleep(time.Second)
+				if c.off > 0 {
+					stop()
+					time.Sleep(c.off)
+				}
+				store.bump.Store(c.by)
+				if c.off > 0 {
+					m, stop = run(t, store, m.Seen())
+				}
+				time.Sleep(3 * time.Second)
+				if err := m.Unsafe(); (err != nil) != c.raised || err != nil && !strings.Contains(err.Error(), want) {
+					t.Errorf("unsafe is %v, want %q: %v", err, want, c.raised)
+				}
+				if kept := stop(); kept.Older != c.raised {
+					t.Errorf("kept is %+v", kept)
+				}
+			})
+		})
+	}
+}
+
+// A renewal asks nothing else as long as etcd is as it was, and a member of it that
+// lags behind is no reason to refuse it.
+func TestRenewalRevision(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := &exchangeable{}
+		store.now.Store(ownership.NewMemory())
+		m, stop := run(t, store, ownership.Seen{})
+		defer stop()
+		time.Sleep(time.Second)
+		calls := store.calls.Load()
+		comeBack(t, store.now.Load(), "b", 0)
+		now := m.Seen().Revision
+		time.Sleep(20 * time.Second)
+		if got := store.calls.Load(); got != calls {
+			t.Errorf("%d transactions by itself", got-calls)
+		}
+		if got := m.Seen().Revision; got <= now {
+			t.Errorf("it has seen revision %d after %d, which was not the last", got, now)
+		}
+		store.lag.Store(1)
+		time.Sleep(20 * time.Second)
+		if store.calls.Load() == calls {
+			t.Error("it has not looked")
+		}
+		if err := errors.Join(m.Live(), m.Unsafe()); err != nil || m.Seen().Older {
+			t.Errorf("a member that lags behind is refused: %v", err)
+		}
 	})
 }
 

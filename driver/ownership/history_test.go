@@ -90,8 +90,8 @@ func (h *history) step() string {
 		err := h.store.Revoke(ctx, h.leases[i])
 		return fmt.Sprintf("revoke %d: %s", i, class(err))
 	case 2:
-		ttl, err := h.store.KeepAliveOnce(ctx, h.leases[i])
-		return fmt.Sprintf("keepalive %d: %s %s", i, ttl, class(err))
+		ttl, revision, err := h.store.KeepAliveOnce(ctx, h.leases[i])
+		return fmt.Sprintf("keepalive %d: %s at %d %s", i, ttl, max(0, revision-h.base), class(err))
 	case 3:
 		res, err := h.store.Txn(ctx, ownership.Txn{Then: []ownership.Op{{Kind: ownership.OpGet, Key: "/"}}})
 		if err != nil {

@@ -325,7 +325,7 @@ func (m *Map) renewOnce(ctx context.Context, check bool) (over bool, err error) 
 	m.mu.Unlock()
 	sent := m.cfg.Now()
 	try, cancel := context.WithTimeout(ctx, min(m.cfg.Timeout, m.cfg.Renew))
-	ttl, err := m.store.KeepAliveOnce(try, lease)
+	ttl, revision, err := m.store.KeepAliveOnce(try, lease)
 	cancel()
 	switch {
 	case errors.Is(err, ErrLease):
@@ -333,11 +333,15 @@ func (m *Map) renewOnce(ctx context.Context, check bool) (over bool, err error) 
 	case err != nil:
 		return false, err
 	}
-	if check || sent >= until {
-		// The lease lives, but others may have had cause to take the key from it.
+	before := m.revision.Load()
+	if check || sent >= until || revision < before || m.leaps(revision, before) {
+		// The lease lives, but others may have had cause to take the key from it; or it
+		// lives in an etcd that was put back, unless it was a member that lags behind.
 		if over, err := m.look(ctx, lease); err != nil {
 			return over, err
 		}
+	} else {
+		m.observe(revision)
 	}
 	m.mu.Lock()
 	if now := m.cfg.Now(); now >= m.until {

@@ -153,7 +153,7 @@ func TestAuditLease(t *testing.T) {
 			t.Errorf("lines by lease are %v, want 2 on each of 5", leases)
 		}
 		for lease := range leases {
-			if ttl, err := mem.KeepAliveOnce(t.Context(), lease); ttl != 7*24*time.Hour {
+			if ttl, _, err := mem.KeepAliveOnce(t.Context(), lease); ttl != 7*24*time.Hour {
 				t.Errorf("lines are kept for %v, %v; want a week", ttl, err)
 			}
 		}

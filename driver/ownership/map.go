@@ -47,6 +47,9 @@ type Config struct {
 	// known. With it, an etcd that was emptied or put back to an older state is
 	// noticed, and refused.
 	Seen Seen
+	// Keep, if set, gets what Map.Seen returns when more than the revision of it has
+	// changed: a process that ends before it is kept would forget what it refuses.
+	Keep func(Seen)
 	// Log gets what no caller is told. Default: nowhere.
 	Log *logrus.Entry
 }
@@ -56,6 +59,8 @@ type Seen struct {
 	Cluster  string `json:"cluster"`
 	Gen      int64  `json:"gen"`
 	Revision int64  `json:"revision"`
+	// At is when etcd was last at Revision or beyond, in Unix seconds.
+	At int64 `json:"at,omitempty"`
 	// Older says that etcd was seen at a lower revision since. What it says of this
 	// generation is not believed any more, not even when its revision has caught up.
 	Older bool `json:"older,omitempty"`
@@ -83,6 +88,7 @@ type Map struct {
 	registrations chan struct{}
 	poke          chan struct{} // makes the liveness loop look at once
 	revision      atomic.Int64  // the highest one seen
+	at            atomic.Int64  // Seen.At
 	peers         peers
 
 	mu     sync.Mutex
@@ -134,6 +140,7 @@ func New(store Store, node Node, cfg Config) *Map {
 		older: cfg.Seen.Older,
 	}
 	m.revision.Store(cfg.Seen.Revision)
+	m.at.Store(cfg.Seen.At)
 	return m
 }
 
@@ -156,7 +163,7 @@ func (m *Map) Seen() Seen {
 		seen.Older = m.older
 		return seen
 	}
-	return Seen{Cluster: m.meta.Cluster, Gen: m.meta.Gen, Revision: m.revision.Load(), Older: m.older}
+	return Seen{Cluster: m.meta.Cluster, Gen: m.meta.Gen, Revision: m.revision.Load(), At: m.at.Load(), Older: m.older}
 }
 
 func (m *Map) key(parts ...string) string { return m.root + strings.Join(parts, "/") }
@@ -201,9 +208,9 @@ func (m *Map) send(ctx context.Context, txn Txn, budget time.Duration) (TxnResul
 	switch {
 	case err != nil:
 		return TxnResult{}, err
-	case res.Revision < min(before, m.revision.Load()): // it is lowered by a restore that was accepted
+	case res.Revision < before:
 		return TxnResult{}, m.distrust(putBack(res.Revision, before))
-	case m.running() && res.Revision-max(before, m.revision.Load()) > leap:
+	case m.leaps(res.Revision, m.revision.Load()):
 		return TxnResult{}, m.distrust(leapt(res.Revision, before))
 	}
 	m.observe(res.Revision)
@@ -238,6 +245,7 @@ func (m *Map) try(ctx context.Context, txn Txn) (TxnResult, error) {
 }
 
 func (m *Map) observe(revision int64) {
+	m.at.Store(time.Now().Unix())
 	for {
 		old := m.revision.Load()
 		if revision <= old || m.revision.CompareAndSwap(old, revision) {

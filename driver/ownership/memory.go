@@ -374,19 +374,19 @@ func (m *Memory) Grant(ctx context.Context, ttl time.Duration) (int64, time.Dura
 }
 
 // KeepAliveOnce is Store's.
-func (m *Memory) KeepAliveOnce(ctx context.Context, id int64) (time.Duration, error) {
+func (m *Memory) KeepAliveOnce(ctx context.Context, id int64) (time.Duration, int64, error) {
 	if err := ctx.Err(); err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	l := m.leases[id]
 	if l == nil {
-		return 0, ErrLease
+		return 0, 0, ErrLease
 	}
 	l.until = time.Now().Add(l.ttl)
 	l.timer.Reset(l.ttl)
-	return l.ttl, nil
+	return l.ttl, m.revision, nil
 }
 
 // Revoke is Store's.

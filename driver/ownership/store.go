@@ -24,7 +24,9 @@ type Store interface {
 	Grant(ctx context.Context, ttl time.Duration) (lease int64, granted time.Duration, err error)
 
 	// KeepAliveOnce renews a lease for the time returned. ErrLease if it is gone.
-	KeepAliveOnce(ctx context.Context, lease int64) (ttl time.Duration, err error)
+	// revision is the one the member that was asked has got to: not later than the
+	// store's, and earlier if it lags behind.
+	KeepAliveOnce(ctx context.Context, lease int64) (ttl time.Duration, revision int64, err error)
 
 	// Revoke ends a lease and deletes the keys on it. ErrLease if it is gone.
 	Revoke(ctx context.Context, lease int64) error

@@ -114,7 +114,11 @@ func unsafe(r *rig) {
 			r.Fatalf("an etcd that is refused had\n%sand has\n%s", before, after)
 		}
 	}
+	// The generation that it was at is not proof that all is as it was.
 	r.put(meta, "meta")
+	r.eventually("the refusal", func() bool { return contains(a.Unsafe(), "which has gone on since") })
+	_, err = a.AcceptRestore(ctx)
+	r.ok(err)
 	r.eventually("registering again", func() bool { return a.Live() == nil })
 	r.ok(a.Unsafe())
 	r.ok(a.Release(ctx, owned.ID, o.Token))
@@ -138,36 +142,55 @@ func acceptRestore(r *rig) {
 	v := first.volume("v")
 	seen := first.Seen()
 	first.dies()
-	seen.Revision += 1_000_000_000
-	var nodes []*node
-	for _, id := range []string{"a", "b"} {
+	far := seen
+	far.Revision += 1_000_000_000
+	refused := func(id string, seen ownership.Seen, want string) *node {
 		n := r.join(identity(id), ownership.Config{TTL: 30 * time.Second, Renew: time.Second, Seen: seen})
-		r.eventually("the refusal", func() bool {
-			return n.Unsafe() != nil && contains(n.Unsafe(), "it has been put back to an older state")
-		})
+		r.eventually("the refusal", func() bool { return n.Unsafe() != nil && contains(n.Unsafe(), want) })
 		if !n.Seen().Older || n.Seen().Revision != seen.Revision {
 			r.Errorf("seen is %+v", n.Seen())
 		}
-		nodes = append(nodes, n)
+		return n
 	}
+	// A token that node was given may be given again here, so there is only one way.
+	const again = "restore it once more, with: etcdutl snapshot restore --bump-revision 2000000000 --mark-compacted; then type"
+	e := refused("e", far, fmt.Sprintf(" and was at %d before: it has been put back to an older state; restore a newer backup; "+
+		"or, if there is none, stop every container that uses a volume, %s: docker flocker cluster accept-restore", far.Revision, again))
+	before := r.state()
+	_, err := e.AcceptRestore(r.Context())
+	r.says(err, fmt.Sprintf(" and this host has seen %d, so nothing was changed: tokens that were given before would be given again; %s this again", far.Revision, again))
+	if after := r.state(); after != before {
+		r.Fatalf("etcd had\n%sand has\n%s", before, after)
+	}
+
+	seen.Older = true // its revision has gone on since
+	a, b := refused("a", seen, "which has gone on since"), refused("b", seen, "which has gone on since")
 	healthy := r.node("c")
-	a, b := nodes[0], nodes[1]
 	gen, err := a.AcceptRestore(r.Context())
 	r.ok(err)
 	if gen != 2 {
 		r.Errorf("generation is %d, want 2", gen)
 	}
+	accepted := r.keys("meta")[0].ModRevision
 	for _, n := range []*node{a, b} {
 		n.registered()
 		r.ok(n.Unsafe())
 		r.ok(n.Live())
-		if got := n.Seen(); got.Gen != 2 || got.Older || got.Revision == 0 || got.Revision >= seen.Revision {
+		if got := n.Seen(); got.Gen != 2 || got.Older || got.Revision < accepted {
 			r.Errorf("seen is %+v", got)
 		}
 	}
 	o := b.claim(v.ID)
 	r.ok(b.Release(r.Context(), v.ID, o.Token))
 	r.line("accept restore", "")
+	// That others have accepted it makes it no better for who has seen more.
+	accepting := fmt.Sprintf("an etcd that was put back to an older state was accepted at revision %d, and this host has seen ", accepted)
+	r.eventually("the refusal", func() bool {
+		return contains(e.Unsafe(), fmt.Sprint(accepting, far.Revision)) && contains(e.Unsafe(), again)
+	})
+	e.stop()
+	seen.Revision = accepted
+	refused("e", seen, fmt.Sprint(accepting, accepted))
 
 	// A node that was content finds out as well, and so does one that still sees
 	// more than everybody else did.
@@ -182,10 +205,9 @@ func acceptRestore(r *rig) {
 		}
 		r.eventually("registering again", func() bool { return healthy.Seen().Gen == gen })
 	}
-	far := b.Seen()
-	far.Gen = 40
-	d := r.join(identity("d"), ownership.Config{TTL: 30 * time.Second, Renew: time.Second, Seen: far})
-	r.eventually("the refusal", func() bool { return d.Unsafe() != nil && contains(d.Unsafe(), "was at 40 before") })
+	more := b.Seen()
+	more.Gen = 40
+	d := refused("d", more, "was at 40 before")
 	gen, err = d.AcceptRestore(r.Context())
 	r.ok(err)
 	if gen != 41 {
