@@ -92,6 +92,10 @@ hosts: deps plugin ## Docker hosts to try things out on; ARGS='-n 2 -engine 29' 
 bench: deps plugin ## how fast it is, beside Docker's local driver and the bare system calls
 	$(GO) run ./e2e/bench
 
+.PHONY: bench-takeover
+bench-takeover: deps plugin-teststore ## how long a volume is not written to when its host is killed; KILLS=20
+	$(GO) run ./e2e/bench -takeover $(or $(KILLS),20) $(ARGS)
+
 # The linter's own cache remembers findings by the path of another work tree.
 check: export GOLANGCI_LINT_CACHE := $(CURDIR)/build/lint-cache
 

@@ -116,7 +116,7 @@ func TestReplace(t *testing.T) {
 			t.Fatal(err)
 		}
 		text := ""
-		if err := replace(path, "new\n"); err != nil {
+		if err := replace(path, "bench", "new\n"); err != nil {
 			text = err.Error()
 		}
 		got, err := os.ReadFile(path)

@@ -32,12 +32,17 @@ type host struct {
 // buildPlugin builds the binary as `make build` does.
 func buildPlugin(ctx context.Context, dir string) (string, error) {
 	path := filepath.Join(dir, "flocker-plugin")
-	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", path, "github.com/flocker-plugin/flocker/plugin")
+	return path, build(ctx, path, "plugin")
+}
+
+// build builds a program of this module without libraries.
+func build(ctx context.Context, path, program string) error {
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", path, "github.com/flocker-plugin/flocker/"+program)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build the plugin: %w: %s", err, strings.TrimSpace(string(out)))
+		return fmt.Errorf("build %s: %w: %s", program, err, strings.TrimSpace(string(out)))
 	}
-	return path, nil
+	return nil
 }
 
 // start starts a plugin and waits until it serves.

@@ -5,6 +5,9 @@
 // Everything that is compared is done by turns in one run, so that what else the
 // machine does hits all alike. The numbers of Flocker are those of the real binary
 // through its real socket, with the etcd inside.
+//
+// With -takeover it does something else: it kills a Docker host again and again, and
+// measures how long its volumes are not written to.
 package main
 
 import (
@@ -18,6 +21,7 @@ import (
 	"time"
 
 	"github.com/flocker-plugin/flocker/driver/ownership"
+	"github.com/flocker-plugin/flocker/e2e/rig"
 )
 
 func main() {
@@ -26,19 +30,29 @@ func main() {
 	strict := flag.Bool("strict", false, "end with 1 if a target is missed")
 	flag.StringVar(&o.dir, "dir", "/var/tmp", "`directory` to work below; its disk is what is measured")
 	flag.StringVar(&o.plugin, "plugin", "", "the plugin's `binary`; built from this source if not given")
-	write := flag.String("write", "", "Markdown `file` whose part between <!-- bench --> and <!-- end of bench --> is replaced")
+	write := flag.String("write", "", "Markdown `file` whose part between the marks (<!-- bench --> or <!-- takeover -->, and <!-- end of … -->) is replaced")
+	kills := flag.Int("takeover", 0, "instead, kill a Docker host so `many` times and measure how long its volumes are not written to")
+	engine := flag.String("engine", string(rig.Debian), "with -takeover: Docker's version, 20.10 or 29")
 	flag.Parse()
 	if *quick {
 		o.share, o.limit = 6, quickLimit
 	}
 
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	r, err := bench(ctx, o)
+	name := "bench"
+	var r table
+	var err error
+	if *kills > 0 {
+		name = "takeover"
+		r, err = measureTakeovers(ctx, rig.Engine(*engine), *kills)
+	} else {
+		r, err = bench(ctx, o)
+	}
 	stop()
 	if err == nil {
 		fmt.Print(r.markdown())
 		if *write != "" {
-			err = replace(*write, r.markdown())
+			err = replace(*write, name, r.markdown())
 		}
 	}
 	if err != nil {
@@ -49,6 +63,12 @@ func main() {
 		fmt.Fprintf(os.Stderr, "bench: %d targets are missed\n", missed)
 		os.Exit(1)
 	}
+}
+
+// table is what a run found out.
+type table interface {
+	markdown() string
+	missed() int
 }
 
 type options struct {
@@ -138,7 +158,7 @@ func (r *run) measure(ctx context.Context) error {
 		what string
 		do   func(context.Context, *host) error
 	}{{"one caller", r.one}, {"many callers", r.sixteen}, {"writing", r.throughput}} {
-		progress(part.what)
+		progress("measuring: " + part.what)
 		if err := part.do(ctx, a); err != nil {
 			return fmt.Errorf("%s: %w%s", part.what, err, a.lastWords())
 		}
@@ -147,7 +167,7 @@ func (r *run) measure(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	progress("two hosts")
+	progress("measuring: two hosts")
 	if err := errors.Join(r.memory(ctx, b), r.move(ctx, a, b)); err != nil {
 		return fmt.Errorf("two hosts: %w%s%s", err, a.lastWords(), b.lastWords())
 	}
@@ -157,7 +177,7 @@ func (r *run) measure(ctx context.Context) error {
 }
 
 func progress(what string) {
-	fmt.Fprintf(os.Stderr, "%s measuring: %s\n", time.Now().Format(time.TimeOnly), what)
+	fmt.Fprintf(os.Stderr, "%s %s\n", time.Now().Format(time.TimeOnly), what)
 }
 
 const atLeast = 2

@@ -47,7 +47,7 @@ func (r *report) markdown() string {
 	for _, l := range r.lines {
 		met := ""
 		if l.target != "" {
-			met = map[bool]string{true: "yes", false: "**no**"}[l.met]
+			met = yes(l.met)
 		}
 		fmt.Fprintf(&b, "| %s | %s | %s | %s | %s | %s |\n", l.what, l.measured, l.floor, l.ratio, l.target, met)
 	}
@@ -56,6 +56,8 @@ func (r *report) markdown() string {
 	}
 	return b.String()
 }
+
+func yes(met bool) string { return map[bool]string{true: "yes", false: "**no**"}[met] }
 
 // ms prints a time in milliseconds.
 func ms(d time.Duration) string { return fmt.Sprintf("%.2f", float64(d.Microseconds())/1000) }
@@ -174,13 +176,13 @@ func machine(dir string) string {
 		cmp.Or(kind, "another filesystem"), time.Now().UTC().Format(time.DateOnly))
 }
 
-// replace puts text between the marks in a Markdown file.
-func replace(path, text string) error {
+// replace puts text between the marks of that name in a Markdown file.
+func replace(path, name, text string) error {
 	old, err := os.ReadFile(path)
 	if err != nil {
 		return err
 	}
-	const begin, end = "<!-- bench -->\n", "<!-- end of bench -->"
+	begin, end := "<!-- "+name+" -->\n", "<!-- end of "+name+" -->"
 	before, rest, found := bytes.Cut(old, []byte(begin))
 	_, after, ended := bytes.Cut(rest, []byte(end))
 	if !found || !ended {
