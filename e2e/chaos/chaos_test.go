@@ -105,25 +105,27 @@ func checkImage(t *testing.T, image, witnessDir string) (verified int, found []h
 	return verified, slices.Concat(history.Overlaps(all, owner), history.Unowned(all, owner), found)
 }
 
-// A seed is a plan, and another seed another one.
+// A seed is a plan for each lane, and another seed others.
 func TestPlan(t *testing.T) {
+	names := map[string]bool{}
 	steps := func(seed uint64) string {
-		p, err := newPlan(seed, nil, true)
+		plans, err := newPlans(seed, nil, true)
 		if err != nil {
 			t.Fatal(err)
 		}
 		var b strings.Builder
-		names := map[string]bool{}
-		for range 1000 {
-			s := p.next()
-			names[s.name] = true
-			if s.hold < s.least || s.hold > s.most {
-				t.Errorf("%s for %v", s.name, s.hold)
+		for _, p := range plans {
+			for range 300 {
+				s := p.next()
+				names[s.name] = true
+				if s.hold < s.least || s.hold > s.most {
+					t.Errorf("%s for %v", s.name, s.hold)
+				}
+				if s.lane() != p.lane {
+					t.Errorf("%s is in lane %d", s.name, p.lane)
+				}
+				fmt.Fprintln(&b, s.name, s.pick, s.hold, s.rest)
 			}
-			fmt.Fprintln(&b, s.name, s.pick, s.hold, s.overlaps, s.settles, s.rest)
-		}
-		if len(names) != len(faults) {
-			t.Errorf("of %d faults 1000 steps have %d", len(faults), len(names))
 		}
 		return b.String()
 	}
@@ -134,11 +136,102 @@ func TestPlan(t *testing.T) {
 	if steps(2) == first {
 		t.Error("two seeds give one plan")
 	}
-	if _, err := newPlan(1, []string{"flood"}, false); err == nil || err.Error() != `there is no fault "flood"; -list shows them` {
+	if len(names) != len(faults) {
+		t.Errorf("of %d faults there are %d", len(faults), len(names))
+	}
+	if _, err := newPlans(1, []string{"flood"}, false); err == nil || err.Error() != `there is no fault "flood"; -list shows them` {
 		t.Errorf("a fault that does not exist gives %v", err)
 	}
-	if p, err := newPlan(1, []string{"host killed"}, false); err != nil || p.next().name != "host killed" {
-		t.Errorf("a plan of one fault: %v, %v", p, err)
+	if _, err := newPlans(1, []string{"storage slow"}, false); err == nil || err.Error() != "none of these faults is possible without the test storage" {
+		t.Errorf("a fault of a storage that is not there gives %v", err)
+	}
+	if plans, err := newPlans(1, []string{"host killed"}, false); err != nil || len(plans) != 1 || plans[0].next().name != "host killed" {
+		t.Errorf("a plan of one fault: %v, %v", plans, err)
+	}
+}
+
+// TestAim checks whom a fault may hit beside those that last.
+func TestAim(t *testing.T) {
+	named := func(name string) *fault {
+		n := slices.IndexFunc(faults, func(f *fault) bool { return f.name == name })
+		if n < 0 {
+			t.Fatalf("there is no fault %q", name)
+		}
+		return faults[n]
+	}
+	newRun := func(name string, age time.Duration) *run {
+		r := &run{volumes: []*volume{{name: name}}}
+		write := history.Incarnation{Volume: name, Node: "host1", Writes: []history.Write{{Seq: 1, At: history.Now() - age}}}
+		r.witness = &witness{files: map[string]*witnessFile{"db": {Incarnation: write}}}
+		if name == "new" {
+			r.witness.files = nil
+		}
+		for _, name := range []string{"host1", "host2"} {
+			r.hosts = append(r.hosts, &rig.Host{Name: name})
+		}
+		return r
+	}
+	for _, c := range []struct {
+		volume        string
+		broken, fault string
+		want          string // empty: nobody
+	}{
+		{"db", "", "host killed", "host1"},
+		{"new", "", "host killed", "host1"}, // whoever
+		{"db", "plugin paused", "host killed", "host2"},
+		{"db", "host killed", "host cut off from etcd", "host2"},
+		{"db", "host killed", "plugin killed", "host2"},
+		{"db", "host isolated", "plugin killed", "host1"},
+		{"db", "host isolated", "plugin paused", "host2"},
+		{"db", "host cut off from etcd", "container killed", "db on host1"},
+		{"db", "host paused", "container killed", ""},
+		{"new", "", "container killed", ""},
+		{"old", "", "container killed", ""},
+		{"old", "", "host killed", "host1"},
+		{"db", "host paused", "service moved", "db on host1"},
+		{"db", "service moved", "host paused", "host1"},
+		{"new", "", "service moved", "new"},
+		{"db", "host killed", "etcd gone", "all members"},
+		{"db", "host killed", "storage slow", "all of it"},
+	} {
+		age := time.Millisecond
+		if c.volume == "old" {
+			age = time.Minute
+		}
+		r := newRun(c.volume, age)
+		if c.broken != "" {
+			r.broken = []*injected{{fault: named(c.broken), host: r.hosts[0]}}
+		}
+		got := ""
+		if i := r.aim(step{fault: named(c.fault)}); i != nil {
+			got = i.what
+			if len(r.injected) != 1 || r.broken[len(r.broken)-1] != i {
+				t.Errorf("%s is not noted", c.fault)
+			}
+		}
+		if got != c.want {
+			t.Errorf("volume %s, while there is %q: %s hits %q, want %q", c.volume, c.broken, c.fault, got, c.want)
+		}
+	}
+}
+
+// A host that nothing is written to any more is not worth a fault.
+func TestAimWhereSomethingWrites(t *testing.T) {
+	h1, h2 := &rig.Host{Name: "host1"}, &rig.Host{Name: "host2"}
+	r := &run{hosts: []*rig.Host{h1, h2}, volumes: []*volume{{name: "old"}, {name: "new"}}, witness: &witness{files: map[string]*witnessFile{}}}
+	for volume, i := range map[string]history.Incarnation{
+		"old": {Node: "host1", Writes: []history.Write{{Seq: 1, At: history.Now() - time.Minute}}},
+		"new": {Node: "host2", Writes: []history.Write{{Seq: 1, At: history.Now()}}},
+	} {
+		i.Volume = volume
+		r.witness.files[volume] = &witnessFile{Incarnation: i}
+	}
+	s := step{fault: &fault{where: onHost, most: 1}} // the first volume is on host1
+	if i := r.aim(s); i == nil || i.host != h2 {
+		t.Errorf("it hits %+v, want host2", i)
+	}
+	if i := r.aim(s); i == nil || i.host != h1 {
+		t.Errorf("while host2 is broken it hits %+v, want host1", i)
 	}
 }
 
@@ -188,6 +281,7 @@ func TestAttribute(t *testing.T) {
 		at("moved", onService, host1, "db", 100, 100),
 		at("paused", onHost, host2, "", 101, 110),
 		at("etcd", onEtcd, nil, "", 300, 310),
+		{fault: &fault{name: "missed", where: onTask}, volume: "db", at: 300 * time.Second, repaired: 310 * time.Second, missed: true},
 	}
 	for _, c := range []struct {
 		name       string
@@ -206,29 +300,96 @@ func TestAttribute(t *testing.T) {
 		{"whatever is hit by etcd", "db", "host1", 305, 310, "etcd", 5},
 	} {
 		o := history.Outage{Volume: c.volume, Node: c.node, Begin: c.begin * time.Second, End: c.end * time.Second}
-		got := attribute([]history.Outage{o}, faults)
-		if len(got[c.want]) != 1 || got[c.want][0] != c.took*time.Second {
+		got := attribute([]history.Outage{o}, faults, func(volume string) string { return "class of " + volume })
+		if took := got[c.want]["class of "+c.volume]; len(took) != 1 || took[0] != c.took*time.Second {
 			t.Errorf("%s: %v, want %s after %v s", c.name, got, c.want, int(c.took))
 		}
 	}
 }
 
 func TestTakeovers(t *testing.T) {
+	const second = time.Second
 	fault := func(host string, at time.Duration) *injected {
-		return &injected{fault: &fault{name: "host killed", where: onHost}, host: &rig.Host{Name: host}, at: at * time.Second}
+		return &injected{fault: &fault{name: "host killed", where: onHost}, host: &rig.Host{Name: host}, at: at * second}
 	}
+	missed := fault("host2", 111)
+	missed.missed = true
 	change := func(volume string, at time.Duration, node string) history.Change {
-		return history.Change{Volume: volume, At: at * time.Second, Node: node}
+		return history.Change{Volume: volume, At: at * second, Node: node}
 	}
-	pending, forced := change("db", 114, "host3"), change("db", 116, "host3")
-	pending.Pending, forced.Forced = true, true
-	all, fences := takeovers(
-		[]history.Change{change("db", 1, "host1"), change("other", 2, "host2"), change("db", 50, "host2"), pending, forced, change("db", 130, "host1")},
-		[]*injected{fault("host1", 20), fault("host2", 60), fault("host2", 100), fault("host1", 110), fault("host2", 115)})
-	if want := []time.Duration{16 * time.Second}; !slices.Equal(all, want) {
-		t.Errorf("takeovers took %v, want %v", all, want)
+	pending, again, forced := change("db", 114, "host1"), change("db", 115, "host3"), change("db", 116, "host3")
+	pending.Pending, again.Pending, forced.Forced = true, true, true
+	got := takeovers(
+		[]history.Change{change("db", 1, "host1"), change("other", 2, "host2"), change("db", 50, "host2"), pending, again, forced, change("db", 130, "host1")},
+		[]*injected{fault("host1", 20), fault("host2", 60), fault("host2", 100), fault("host1", 110), missed, fault("host2", 115)},
+		[]mounted{
+			{"host3", "db", 10 * second, 20 * second},
+			{"host1", "db", 103 * second, 117 * second},
+			{"host3", "other", 103 * second, 117 * second},
+			{"host3", "db", 104 * second, 118 * second},
+		})
+	want := []takeover{{volume: "db", fault: 100 * second, recorded: 114 * second, committed: 116 * second, asked: 104 * second, answered: 118 * second}}
+	if !slices.Equal(got, want) {
+		t.Errorf("takeovers are %+v, want %+v", got, want)
 	}
-	if want := []time.Duration{2 * time.Second}; !slices.Equal(fences, want) {
-		t.Errorf("fences took %v, want %v", fences, want)
+}
+
+func TestMountsFrom(t *testing.T) {
+	boot := time.Date(2026, 11, 22, 3, 29, 0, 0, time.UTC)
+	got := mountsFrom("host1", `time="2026-11-22T03:29:12Z" level=info msg="level=info msg=done mount_id=8445a60885b9 op=mount took=915.50ms volume=synced1" plugin=578c
+time="2026-11-22T03:29:13Z" level=info msg="level=info msg=done mount_id=8445a60885b9 op=unmount took=0.12ms volume=synced1" plugin=578c
+time="2026-11-22T03:30:10Z" level=info msg="level=warning msg=failed err=\"volume mapped is owned by host host3\" mount_id=8018c8d1fa1e op=mount took=2074.20ms volume=mapped" plugin=578c
+`, boot)
+	want := []mounted{{"host1", "synced1", 11084500 * time.Microsecond, 13 * time.Second}}
+	if !slices.Equal(got, want) {
+		t.Errorf("mounts are %+v, want %+v", got, want)
+	}
+}
+
+func TestShort(t *testing.T) {
+	for d, want := range map[time.Duration]string{time.Hour: "1h", 10 * time.Minute: "10m", 90 * time.Second: "1m30s", 30 * time.Second: "30s", 90 * time.Minute: "1h30m"} {
+		if got := short(d); got != want {
+			t.Errorf("%v is %q, want %q", d, got, want)
+		}
+	}
+}
+
+func TestLastLines(t *testing.T) {
+	log := `time="1" level=info msg="level=info msg=one volume=db" plugin=578c
+time="2" level=info msg="dockerd's own, of db"
+time="3" level=info msg="level=debug msg=two volume=db" plugin=578c
+time="4" level=info msg="level=info msg=three volume=web" plugin=578c
+time="5" level=info msg="level=warning msg=four volume=db" plugin=578c
+time="6" level=info msg="level=info msg=five volume=db" plugin=578c
+`
+	for _, c := range []struct {
+		volume string
+		want   string
+	}{{"db", "56"}, {"web", "4"}, {"", "56"}} {
+		var b strings.Builder
+		for _, line := range lastLines(log, 2, []history.Violation{{Volume: c.volume}}) {
+			b.WriteByte(line[len(`time="`)])
+		}
+		if got := b.String(); got != c.want {
+			t.Errorf("of volume %q there are lines %s, want %s", c.volume, got, c.want)
+		}
+	}
+	if got := lastLines(log, 9, nil); len(got) != 4 {
+		t.Errorf("without a violation there are %q, want 4", got)
+	}
+}
+
+func TestUptime(t *testing.T) {
+	cmd := exec.Command("sleep", "60")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	}()
+	time.Sleep(50 * time.Millisecond)
+	if up, err := uptime(cmd.Process.Pid); err != nil || up < 20*time.Millisecond || up > 10*time.Second {
+		t.Errorf("a process that was just started runs for %v, %v", up, err)
 	}
 }

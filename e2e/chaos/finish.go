@@ -10,6 +10,9 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/flocker-plugin/flocker/backends/teststore"
 	"github.com/flocker-plugin/flocker/e2e/chaos/history"
 )
 
@@ -25,7 +28,7 @@ func (r *run) finish(ctx context.Context) error {
 			return err
 		}
 	}
-	for _, h := range r.rig.Hosts {
+	for _, h := range r.hosts {
 		// Such as one whose docker run has just been ended, before it was started. One
 		// that is being removed already is waited for below.
 		ids, err := h.Docker(ctx, "ps", "-aq", "--filter", "label="+otherLabel)
@@ -39,7 +42,7 @@ func (r *run) finish(ctx context.Context) error {
 	if err := r.noContainers(ctx); err != nil {
 		return err
 	}
-	if err := r.others.removeAll(ctx, r.rig.Hosts); err != nil {
+	if err := r.others.removeAll(ctx, r.hosts); err != nil {
 		if ctx.Err() != nil {
 			return err
 		}
@@ -50,7 +53,7 @@ func (r *run) finish(ctx context.Context) error {
 	}
 	r.say("the volumes are read")
 	for n, v := range r.volumes {
-		h := r.rig.Hosts[n%len(r.rig.Hosts)]
+		h := r.hosts[n%len(r.hosts)]
 		reading, cancel := context.WithTimeout(ctx, 3*time.Minute)
 		_, err := h.Docker(reading, append([]string{"run", "--rm"}, append(r.lookArgs(v.name, "/final/"+v.name), "-kind", string(v.kind))...)...)
 		cancel()
@@ -71,7 +74,7 @@ func (r *run) finish(ctx context.Context) error {
 func (r *run) noContainers(ctx context.Context) error {
 	for try := 0; ; try++ {
 		var left []string
-		for _, h := range r.rig.Hosts {
+		for _, h := range r.hosts {
 			out, err := h.Docker(ctx, "ps", "-aq")
 			if err != nil {
 				left = append(left, err.Error())
@@ -120,13 +123,36 @@ func (r *run) allFree(ctx context.Context) error {
 			for id, owner := range owned {
 				held = append(held, id+": "+string(owner))
 			}
-			r.violate("leak", "", "nothing uses a volume, and 3 minutes later there are the loop devices %v and owners\n%s", loops, strings.Join(held, "\n"))
+			for _, loop := range loops {
+				held = append(held, describeLoop(loop))
+			}
+			if r.store != nil {
+				grants, err := r.store.Server().Call(ctx, teststore.OpGrants, teststore.Request{})
+				held = append(held, fmt.Sprintf("the test storage grants %+v %v", grants.Grants, err))
+			}
+			r.violate("leak", "", "nothing uses a volume, and 3 minutes later there are %d owners and %d loop devices:\n%s", len(owned), len(loops), strings.Join(held, "\n"))
 			return nil
 		}
 		if err := sleep(ctx, time.Second); err != nil {
 			return err
 		}
 	}
+}
+
+// describeLoop says whose a loop device is.
+func describeLoop(path string) string {
+	file, _ := os.ReadFile("/sys/block/" + filepath.Base(path) + "/loop/backing_file")
+	text := fmt.Sprintf("%s: file %s", path, strings.TrimSpace(string(file)))
+	f, err := os.Open(path)
+	if err != nil {
+		return text + ": " + err.Error()
+	}
+	defer f.Close()
+	info, err := unix.IoctlLoopGetStatus64(int(f.Fd()))
+	if err != nil {
+		return text + ": " + err.Error()
+	}
+	return fmt.Sprintf("%s, name %s, flags %#x", text, unix.ByteSliceToString(info.File_name[:]), info.Flags)
 }
 
 // checkFilesystems runs each filesystem's checker, which changes nothing.
@@ -143,7 +169,9 @@ func (r *run) checkFilesystems(ctx context.Context) error {
 		}
 		if text := damaged(ctx, v.fs, file); text != "" {
 			r.violate("data", v.name, "%s", text)
+			continue
 		}
+		r.clean++
 	}
 	return ctx.Err()
 }

@@ -25,7 +25,7 @@ func main() {
 	o := options{settings: map[string]string{}}
 	flag.DurationVar(&o.time, "time", 10*time.Minute, "how long to inject faults")
 	flag.Uint64Var(&o.seed, "seed", 0, "the faults and their order; 0: another one each time")
-	flag.StringVar(&o.backend, "backend", "loopback", "storage of the volumes, by turns if there are several with commas: "+strings.Join(slices.Sorted(maps.Keys(storages)), ", ")+"; or both, which is teststore,loopback")
+	flag.StringVar(&o.backend, "backend", "loopback", "storage of the volumes, by turns if there are several with commas: "+strings.Join(slices.Sorted(maps.Keys(backends)), ", ")+"; or both, which is the test storage of either class and loopback")
 	flag.StringVar((*string)(&o.engine), "engine", string(rig.Debian), "Docker's version: 20.10 or 29")
 	flag.StringVar(&o.report, "report", "", "Markdown `file` to write the report to")
 	flag.StringVar(&o.keep, "keep", "", "`directory` for logs and histories, to be made; without it they are kept if there is a violation")
@@ -53,7 +53,7 @@ func main() {
 		o.only = strings.Split(*only, ",")
 	}
 	if o.backend == "both" {
-		o.backend = "teststore,loopback"
+		o.backend = bothBackends
 	}
 	if o.seed == 0 {
 		o.seed = rand.Uint64N(1e6) + 1
@@ -86,7 +86,7 @@ type options struct {
 // no promise was broken, or with sabotage that it was noticed.
 func chaos(ctx context.Context, o options) (ok bool, err error) {
 	r := &run{options: o, began: time.Now()}
-	if r.plan, err = newPlan(o.seed, o.only, o.hasTestStore()); err != nil {
+	if r.plans, err = newPlans(o.seed, o.only, o.hasTestStore()); err != nil {
 		return false, err
 	}
 	defer func() {
@@ -100,7 +100,7 @@ func chaos(ctx context.Context, o options) (ok bool, err error) {
 		return false, errors.New("interrupted")
 	case err != nil:
 		dir, keepErr := r.keepAll(ctx)
-		return false, errors.Join(fmt.Errorf("%w\nseed %d; logs and histories are in %s", err, r.seed, dir), keepErr)
+		return false, errors.Join(fmt.Errorf("%w\n%sseed %d; logs and histories are in %s", err, r.evidence(), r.seed, dir), keepErr)
 	}
 	if ok = len(report.violations) == 0; o.sabotage {
 		ok = report.found("intervals") && report.found("data")
@@ -109,6 +109,10 @@ func chaos(ctx context.Context, o options) (ok bool, err error) {
 		if report.kept, err = r.keepAll(ctx); err != nil {
 			fmt.Fprintln(os.Stderr, "chaos:", err)
 		}
+	}
+	if len(report.violations) > 0 {
+		r.violations = report.violations
+		fmt.Print("\n" + r.evidence())
 	}
 	text := report.markdown()
 	fmt.Print("\n" + text)

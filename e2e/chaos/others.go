@@ -35,7 +35,7 @@ const (
 func (o *others) comeAndGo(ctx context.Context, r *run) {
 	random := rand.New(rand.NewPCG(r.seed, 1))
 	for sleep(ctx, 200*time.Millisecond+time.Duration(random.Int64N(int64(2*time.Second)))) == nil {
-		h := r.rig.Hosts[random.IntN(len(r.rig.Hosts))]
+		h := r.hosts[random.IntN(len(r.hosts))]
 		other := fmt.Sprintf("other%d", random.IntN(otherVolumes))
 		v := r.volumes[random.IntN(len(r.volumes))]
 		commands := [][]string{

@@ -6,12 +6,14 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/flocker-plugin/flocker/e2e/chaos/history"
@@ -26,26 +28,34 @@ type run struct {
 	options
 
 	began time.Time
-	plan  *plan
+	plans []*plan
 
-	rig       *rig.Rig
+	rig *rig.Rig
+	// hosts are those that are broken. The manager of their Swarm is left alone: it is
+	// no part of Flocker, and without one nothing would move.
+	hosts     []*rig.Host
+	manager   *rig.Host
 	store     *rig.TestStore // nil if it is not used
 	endpoints []string       // of etcd
 	volumes   []*volume
 	witness   *witness
 	writer    string // the writer's program
 
-	// broken is what is broken now, oldest first.
-	broken []*injected
 	// others are the volumes that come and go beside the workload.
 	others others
+
+	mu sync.Mutex
+	// broken is what is broken now.
+	broken []*injected
 
 	// What happened.
 	injected   []*injected
 	cuts       []history.PowerCut
 	violations []history.Violation
 	notes      []string
+	rounds     int // after which everything wrote again
 	declared   int // hosts that the operator declared dead
+	clean      int // filesystems that were checked at the end
 }
 
 // A volume is one of the workload, with a service of its name that writes to it.
@@ -61,26 +71,27 @@ type volume struct {
 type injected struct {
 	*fault
 
-	at, repaired time.Duration // as history.Now gives it; repaired is 0 while it lasts
+	at, repaired time.Duration // as history.Now gives it
 	what         string        // whom it hit
 	host         *rig.Host     // nil if none
 	volume       string        // empty if none
 	undo         func(context.Context) error
-	until        time.Time
+	missed       bool // it hit nothing
 }
 
 // workload is what is written to, on the storages given.
-func workload(backends []string) []*volume {
+func workload(names []string) []*volume {
 	all := []*volume{
 		{name: "synced1", kind: history.Synced, fs: "ext4", size: "256M"},
 		{name: "synced2", kind: history.Synced, fs: "ext4", size: "256M"},
 		{name: "synced3", kind: history.Synced, fs: "xfs", size: "512M"},
 		{name: "mapped", kind: history.Mapped, fs: "ext4", size: "64M"},
-		{name: "unsynced", kind: history.Unsynced, fs: "ext4", size: "256M"},
+		{name: "unsynced", kind: history.Unsynced, fs: "xfs", size: "512M"},
+		{name: "synced4", kind: history.Synced, fs: "ext4", size: "256M"},
 	}
 	for n, v := range all {
-		v.backend = backends[n%len(backends)]
-		if v.fs == "xfs" && storages[v.backend].fences {
+		v.backend = names[n%len(names)]
+		if v.fs == "xfs" && backendOf(v).fences {
 			// The hosts have one kernel. It does not mount an xfs of which it has a mount
 			// already: here, the one of the host that was cut off.
 			v.fs = "ext4"
@@ -100,6 +111,8 @@ func (r *run) say(format string, args ...any) {
 // note is say for what belongs into the report.
 func (r *run) note(format string, args ...any) {
 	r.say(format, args...)
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.notes = append(r.notes, fmt.Sprintf(format, args...))
 }
 
@@ -107,14 +120,14 @@ func (r *run) note(format string, args ...any) {
 func (r *run) start(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
 	defer cancel()
-	backends := strings.Split(r.backend, ",")
-	cfg := rig.Config{Hosts: 3, Engine: r.engine, Logf: r.say}
-	for _, b := range backends {
-		if _, ok := storages[b]; !ok {
-			return fmt.Errorf("there is no storage %q", b)
+	names := strings.Split(r.backend, ",")
+	cfg := rig.Config{Hosts: 4, Engine: r.engine, Logf: r.say}
+	for _, name := range names {
+		if _, ok := backends[name]; !ok {
+			return fmt.Errorf("there is no storage %q", name)
 		}
 	}
-	r.volumes = workload(backends)
+	r.volumes = workload(names)
 	var err error
 	if r.hasTestStore() {
 		if cfg.Plugin, err = rig.TestStorePlugin(); err != nil {
@@ -124,6 +137,7 @@ func (r *run) start(ctx context.Context) error {
 	if r.rig, err = rig.Start(ctx, cfg); err != nil {
 		return err
 	}
+	r.manager, r.hosts = r.rig.Hosts[0], r.rig.Hosts[1:]
 	r.witness = &witness{dir: filepath.Join(r.rig.Dir, "witness"), files: map[string]*witnessFile{}}
 	if err := errors.Join(os.Mkdir(r.witness.dir, 0o755), os.Mkdir(r.final(""), 0o755)); err != nil {
 		return err
@@ -145,21 +159,25 @@ func (r *run) start(ctx context.Context) error {
 	settings := map[string]string{
 		"FLOCKER_ETCD_ENDPOINTS": strings.Join(r.endpoints, ","),
 		"FLOCKER_LOG_LEVEL":      "debug",
-		"FLOCKER_BACKEND":        backends[0],
+		"FLOCKER_BACKEND":        names[0],
 	}
 	maps.Copy(settings, r.settings)
-	if err := r.rig.InstallPlugin(ctx, settings); err != nil {
-		return err
+	errs := make([]error, len(r.hosts))
+	var wg sync.WaitGroup
+	for n, h := range r.hosts {
+		wg.Go(func() { errs[n] = h.InstallPlugin(ctx, settings) })
+	}
+	if wg.Wait(); errors.Join(errs...) != nil {
+		return errors.Join(errs...)
 	}
 	if err := r.rig.Swarm(ctx); err != nil {
 		return err
 	}
-	// So that any one of them may be away.
-	if _, err := r.rig.Hosts[0].Docker(ctx, "node", "promote", "host2", "host3"); err != nil {
+	if _, err := r.manage(ctx, "node", "update", "--availability", "drain", r.manager.Name); err != nil {
 		return err
 	}
 	// By default Swarm takes a host for dead after 15 s, later than Flocker does.
-	if _, err := r.rig.Hosts[0].Docker(ctx, "swarm", "update", "--dispatcher-heartbeat", "2s"); err != nil {
+	if _, err := r.manage(ctx, "swarm", "update", "--dispatcher-heartbeat", "2s"); err != nil {
 		return err
 	}
 	for _, v := range r.volumes {
@@ -191,7 +209,7 @@ func buildWriter(ctx context.Context, path string) error {
 
 // serve creates the service of a volume.
 func (r *run) serve(ctx context.Context, v *volume) error {
-	_, err := r.rig.Hosts[0].Docker(ctx, "service", "create", "--detach", "--quiet", "--no-resolve-image", "--name", v.name,
+	_, err := r.manage(ctx, "service", "create", "--detach", "--quiet", "--no-resolve-image", "--name", v.name,
 		"--restart-condition", "any", "--restart-delay", "1s", "--env", "NODE={{.Node.Hostname}}",
 		"--mount", fmt.Sprintf("type=volume,src=%s,dst=/data,volume-driver=flocker,volume-opt=backend=%s,volume-opt=fs=%s,volume-opt=size=%s", v.name, v.backend, v.fs, v.size),
 		"--mount", "type=bind,src="+r.witness.dir+",dst=/witness",
@@ -252,18 +270,58 @@ func (r *run) inject(ctx context.Context) error {
 			r.violate("availability", "", "%s did not end within %v", command, hangs)
 		}
 	}()
-	for end := time.Now().Add(r.time); time.Now().Before(end) && len(r.violations) == 0; {
-		if err := r.step(ctx, r.plan.next()); err != nil {
+	for end := time.Now().Add(r.time); ; {
+		if err := r.round(ctx, end); err != nil {
 			return err
 		}
-	}
-	if err := r.repairAll(ctx); err != nil {
-		return err
+		if err := r.settled(ctx); err != nil || r.violated() {
+			return err
+		}
+		r.rounds++
+		if time.Now().After(end) {
+			break
+		}
 	}
 	if r.sabotage {
 		return r.doubleMount(ctx)
 	}
-	return r.settled(ctx)
+	return nil
+}
+
+// A round is a few faults of the first lane there is, and what the others have time
+// for meanwhile. After it nothing is broken.
+func (r *run) round(ctx context.Context, end time.Time) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var over atomic.Bool
+	var wg sync.WaitGroup
+	for n, p := range r.plans {
+		steps := math.MaxInt
+		if n == 0 {
+			steps = perRound[p.lane]
+		}
+		wg.Go(func() {
+			for ; steps > 0 && !over.Load() && time.Now().Before(end) && !r.violated(); steps-- {
+				if err := r.step(ctx, p.next()); err != nil {
+					cancel(err)
+				}
+			}
+			if n == 0 {
+				over.Store(true)
+			}
+		})
+	}
+	wg.Wait()
+	return context.Cause(ctx)
+}
+
+// perRound is how many faults a round is long. Hosts stay away for long.
+var perRound = [lanes]int{hosts: 2, parts: 8, etcds: 8, storages: 8}
+
+func (r *run) violated() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.violations) > 0
 }
 
 // look reads the witness files as they grow.
@@ -275,27 +333,19 @@ func (r *run) look(ctx context.Context) {
 	}
 }
 
-// step injects one fault, and repairs it unless it overlaps with the next one.
+// step injects one fault, and repairs it when it has lasted as long as it should.
 func (r *run) step(ctx context.Context, s step) error {
-	i := &injected{fault: s.fault}
-	if !r.aim(s, i) {
+	i := r.aim(s)
+	if i == nil {
 		// What is broken already is in the way.
-		if err := r.repairAll(ctx); err != nil {
-			return err
-		}
-		if !r.aim(s, i) {
-			return sleep(ctx, time.Second)
-		}
+		return sleep(ctx, 300*time.Millisecond)
 	}
-	i.what = cmp.Or(s.whom, i.what)
 	lasting := ""
 	if s.most > 0 {
 		lasting = fmt.Sprintf(", for %v", s.hold.Round(100*time.Millisecond))
 	}
 	r.say("%s: %s%s", s.name, i.what, lasting)
-	i.at = history.Now()
-	r.injected = append(r.injected, i)
-	r.broken = append(r.broken, i)
+	until := time.Now().Add(s.hold)
 	err := s.inject(ctx, r, s, i)
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
@@ -304,67 +354,89 @@ func (r *run) step(ctx context.Context, s step) error {
 		// Such as a kill of a container that has just ended by itself. What it may have
 		// broken is repaired as usual.
 		r.say("%s: %s: %v", s.name, i.what, err)
+		i.missed = true
 	}
-	if i.until = time.Now().Add(s.hold); i.undo == nil {
-		i.repaired = history.Now()
-		r.broken = slices.DeleteFunc(r.broken, func(b *injected) bool { return b == i })
-	}
-	if !s.overlaps {
-		if err := r.repairAll(ctx); err != nil {
+	if i.undo != nil {
+		if err := sleep(ctx, time.Until(until)); err != nil {
 			return err
 		}
-		if s.settles {
-			if err := r.settled(ctx); err != nil {
-				return err
-			}
+		if err := r.try(ctx, "repair "+i.name+" of "+i.what, i.undo); err != nil {
+			return err
 		}
 	}
+	r.mu.Lock()
+	i.repaired = history.Now()
+	r.broken = slices.DeleteFunc(r.broken, func(b *injected) bool { return b == i })
+	r.mu.Unlock()
 	return sleep(ctx, s.rest)
 }
 
-// aim chooses whom a step hits. False if what is broken already is in the way: two
-// hosts or members of etcd of three are a majority.
-func (r *run) aim(s step, i *injected) bool {
-	v := r.volumes[s.pick%uint64(len(r.volumes))]
+// aim chooses whom a step hits, and notes it as broken; nil if there is nobody.
+func (r *run) aim(s step) *injected {
+	i := &injected{fault: s.fault}
+	// The volumes, from a random one on: what is hit should be in use.
+	first := int(s.pick % uint64(len(r.volumes)))
+	volumes := slices.Concat(r.volumes[first:], r.volumes[:first])
+	var at, writing []*rig.Host // where each is, and if it is being written to now
+	for _, v := range volumes {
+		h := r.hostOf(v)
+		at = append(at, h)
+		if last, _ := r.witness.last(v.name); history.Now()-last > fresh {
+			h = nil
+		}
+		writing = append(writing, h)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	switch s.where {
-	case onEtcd, onStorage:
-		i.what = "all of it"
-		if s.where == onEtcd {
-			i.what = fmt.Sprintf("member %d", s.pick%3+1)
-		}
-		for _, b := range r.broken {
-			if b.where == s.where {
-				return false
-			}
-		}
+	case onEtcd:
+		i.what = cmp.Or(s.whom, fmt.Sprintf("member %d", s.pick%3+1))
+	case onStorage:
+		i.what = cmp.Or(s.whom, "all of it")
 	case onHost:
-		if i.host = r.hostOf(v); i.host == nil {
-			i.host = r.rig.Hosts[s.pick%uint64(len(r.rig.Hosts))]
-		}
-		i.what = i.host.Name
-		for _, b := range r.broken {
-			if b.where == onHost {
-				return false
+		for _, h := range slices.Concat(writing, at, r.hosts) {
+			if h != nil && r.canHit(s.fault, h) {
+				i.host, i.what = h, h.Name
+				break
 			}
+		}
+		if i.host == nil {
+			return nil
 		}
 	case onTask:
-		if i.host = r.hostOf(v); i.host == nil || r.isBroken(i.host) {
-			return false
+		for n, h := range writing {
+			if h != nil && r.canHit(s.fault, h) {
+				i.host, i.volume, i.what = h, volumes[n].name, volumes[n].name+" on "+h.Name
+				break
+			}
 		}
-		i.volume, i.what = v.name, v.name+" on "+i.host.Name
+		if i.host == nil {
+			return nil
+		}
 	case onService:
-		i.volume, i.what = v.name, v.name
-		if i.host = r.hostOf(v); i.host != nil {
+		i.volume, i.what = volumes[0].name, volumes[0].name
+		if i.host = at[0]; i.host != nil {
 			i.what += " on " + i.host.Name
 		}
 	}
-	return true
+	i.at = history.Now()
+	r.injected = append(r.injected, i)
+	r.broken = append(r.broken, i)
+	return i
+}
+
+// canHit says whether a host can have a fault beside those it has: a second one that
+// lasts would be repaired with the first one, and who does not answer is not asked.
+func (r *run) canHit(f *fault, h *rig.Host) bool {
+	return !slices.ContainsFunc(r.broken, func(b *injected) bool {
+		return b.host == h && b.where != onService && (f.most > 0 || b.deaf)
+	})
 }
 
 // hostOf is the host that last wrote to a volume; nil if none has.
 func (r *run) hostOf(v *volume) *rig.Host {
 	_, node := r.witness.last(v.name)
-	for _, h := range r.rig.Hosts {
+	for _, h := range r.hosts {
 		if h.Name == node {
 			return h
 		}
@@ -372,26 +444,11 @@ func (r *run) hostOf(v *volume) *rig.Host {
 	return nil
 }
 
-func (r *run) isBroken(h *rig.Host) bool {
-	return slices.ContainsFunc(r.broken, func(b *injected) bool { return b.where == onHost && b.host == h })
-}
-
-// repairAll waits until each fault has lasted as long as it should, and repairs it.
-func (r *run) repairAll(ctx context.Context) error {
-	slices.SortStableFunc(r.broken, func(a, b *injected) int { return a.until.Compare(b.until) })
-	for len(r.broken) > 0 {
-		i := r.broken[0]
-		if err := sleep(ctx, time.Until(i.until)); err != nil {
-			return err
-		}
-		err := r.try(ctx, "repair "+i.name+" of "+i.what, i.undo)
-		if err != nil {
-			return err
-		}
-		i.repaired = history.Now()
-		r.broken = r.broken[1:]
-	}
-	return nil
+// isAway says whether a host does not take part in the Swarm.
+func (r *run) isAway(h *rig.Host) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.ContainsFunc(r.broken, func(b *injected) bool { return b.away && b.host == h })
 }
 
 // try does something up to three times.
@@ -417,7 +474,7 @@ func (r *run) try(ctx context.Context, what string, f func(context.Context) erro
 func (r *run) settled(ctx context.Context) error {
 	var err error
 	for limit := time.Now().Add(r.settle); time.Now().Before(limit); {
-		if err = r.writing(ctx, min(time.Until(limit), 30*time.Second)); err == nil || ctx.Err() != nil {
+		if err = r.writing(ctx, min(time.Until(limit), patience)); err == nil || ctx.Err() != nil {
 			break
 		}
 		if err := r.mendDocker(ctx); err != nil {
@@ -434,13 +491,14 @@ func (r *run) settled(ctx context.Context) error {
 		}
 		return nil
 	}
-	for _, h := range r.rig.Hosts {
-		if r.isBroken(h) {
+	for _, h := range r.hosts {
+		if r.isAway(h) {
 			continue
 		}
 		for _, v := range r.volumes {
 			if err := inspect(ctx, h, v.name); err != nil && ctx.Err() == nil {
 				r.violate("availability", v.name, "nothing is broken, and %v", err)
+				return nil
 			}
 		}
 	}
@@ -459,40 +517,64 @@ func inspect(ctx context.Context, h *rig.Host, volume string) (err error) {
 	}
 }
 
+// patience is how long nothing may be written before it is looked whether Docker is to
+// blame.
+const patience = 20 * time.Second
+
 // mendDocker starts the plugin again on hosts where Docker has lost sight of what it
-// mounts.
+// mounts, or has given it up.
 //
 // A dockerd that finds the plugin of a killed one running stops it, and starts it
 // again as soon as its process has ended, while another of its goroutines unmounts
 // everything below the plugin's directory (HandleExitEvent in moby's plugin manager).
 // If that one is late, it takes away the mount through which the host sees what the new
-// process mounts, and containers with volumes do not start any more.
+// process mounts, and containers with volumes do not start any more. And a plugin that
+// ends while Docker starts it is disabled.
 func (r *run) mendDocker(ctx context.Context) error {
-	for _, h := range r.rig.Hosts {
-		if r.isBroken(h) {
+	for _, h := range r.hosts {
+		if r.isAway(h) {
 			continue
 		}
-		if err := r.mendDockerOf(ctx, h); err != nil {
-			return err
+		if err := r.mendDockerOf(ctx, h); err != nil && ctx.Err() == nil {
+			r.note("look after Docker on %s: %v", h.Name, err)
 		}
 	}
-	return nil
+	return ctx.Err()
 }
 
 func (r *run) mendDockerOf(ctx context.Context, h *rig.Host) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	mounts, err := h.Exec(ctx, "cat", "/proc/self/mountinfo")
-	if err != nil || strings.Contains(mounts, "/propagated-mount ") {
+	plugin := func(args ...string) (string, error) {
+		return h.Docker(ctx, slices.Concat([]string{"plugin"}, args, []string{rig.PluginName})...)
+	}
+	enabled, err := plugin("inspect", "--format", "{{.Enabled}}")
+	if err != nil {
 		return err
 	}
-	r.note("Docker has unmounted the plugin's directory of volumes on %s, as it may after a kill; the plugin is disabled and enabled", h.Name)
-	for _, args := range [][]string{{"disable", "-f"}, {"enable", "--timeout", "0"}} {
-		if _, err := h.Docker(ctx, slices.Concat([]string{"plugin"}, args, []string{rig.PluginName})...); err != nil {
-			r.note("%v", err) // what comes of it is seen
+	mounted := false
+	for range 3 { // in a moment if the plugin is just starting
+		mounts, err := h.Exec(ctx, "cat", "/proc/self/mountinfo")
+		if err != nil {
+			return err
+		}
+		if mounted = strings.Contains(mounts, "/propagated-mount "); mounted || sleep(ctx, time.Second) != nil {
+			break
 		}
 	}
-	return nil
+	switch {
+	case enabled == "false":
+		r.note("Docker has disabled the plugin on %s, as it does if it ends while it is started; it is enabled", h.Name)
+	case !mounted:
+		r.note("Docker has unmounted the plugin's directory of volumes on %s, as it may after a kill; the plugin is disabled and enabled", h.Name)
+		if _, err := plugin("disable", "-f"); err != nil {
+			r.note("%v", err)
+		}
+	default:
+		return nil
+	}
+	_, err = plugin("enable", "--timeout", "0")
+	return err
 }
 
 // tasks is what Swarm says about a service.
@@ -507,29 +589,23 @@ func (r *run) tasks(ctx context.Context, service string) string {
 func (r *run) violate(check, volume, format string, args ...any) {
 	v := history.Violation{Check: check, Volume: volume, Text: fmt.Sprintf(format, args...)}
 	r.say("VIOLATION %s", v)
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.violations = append(r.violations, v)
 }
 
-// manage runs a docker command on a manager of the Swarm that is not broken. It tries
-// again for a while: a Swarm that has lost its leader takes some seconds to elect one.
+// manage runs a docker command on the manager of the Swarm. It tries again: a manager
+// that is busy refuses an update that another one has overtaken.
 func (r *run) manage(ctx context.Context, args ...string) (out string, err error) {
-	for range 5 {
-		for _, h := range r.rig.Hosts {
-			if r.isBroken(h) {
-				continue
-			}
-			trying, cancel := context.WithTimeout(ctx, 30*time.Second)
-			out, err = h.Docker(trying, args...)
-			cancel()
-			if err == nil || ctx.Err() != nil {
-				return out, err
-			}
-		}
-		if err := sleep(ctx, 2*time.Second); err != nil {
-			return "", err
+	for range 3 {
+		trying, cancel := context.WithTimeout(ctx, 20*time.Second)
+		out, err = r.manager.Docker(trying, args...)
+		cancel()
+		if err == nil || sleep(ctx, time.Second) != nil {
+			break
 		}
 	}
-	return "", err
+	return out, err
 }
 
 // sleep returns early, with an error, if ctx ends.

@@ -7,6 +7,8 @@ import (
 
 // A storage is a backend to put volumes on.
 type storage struct {
+	class string
+
 	// fences says that a dead host's volumes move by themselves. Otherwise it takes
 	// an operator, or the host.
 	fences bool
@@ -15,16 +17,21 @@ type storage struct {
 	image string
 }
 
-// storages are the backends there are.
-var storages = map[string]storage{
-	"loopback":         {image: "shared/%s/*.img"},
-	"teststore":        {fences: true, image: "switch/teststore/ts-%s/data"},
-	"teststore-fenced": {fences: true, image: "switch/teststore/tf-%s/data"},
+// backends are those there are.
+var backends = map[string]storage{
+	"loopback":         {class: "F0", image: "shared/%s/*.img"},
+	"teststore":        {class: "F1", fences: true, image: "switch/teststore/ts-%s/data"},
+	"teststore-fenced": {class: "F2", fences: true, image: "switch/teststore/tf-%s/data"},
 }
+
+// bothBackends is the test storage, of either class, and loopback.
+const bothBackends = "teststore,loopback,teststore-fenced"
+
+func backendOf(v *volume) storage { return backends[v.backend] }
 
 // imageOf is the file with a volume's data.
 func (r *run) imageOf(v *volume, id string) (string, error) {
-	return only(filepath.Join(r.rig.Dir, fmt.Sprintf(storages[v.backend].image, id)))
+	return only(filepath.Join(r.rig.Dir, fmt.Sprintf(backendOf(v).image, id)))
 }
 
 // only is the one file that matches.

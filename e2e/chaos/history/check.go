@@ -395,17 +395,18 @@ func Outages(all []*Incarnation, threshold time.Duration) []Outage {
 	return found
 }
 
-// Moves says how long nothing was written when a writer ended in peace on one node and
-// the next one of the volume began on another.
-func Moves(all []*Incarnation) (took []time.Duration) {
-	for _, of := range sorted(byVolume(all)) {
+// Moves says for each volume how long nothing was written when a writer ended in peace
+// on one node and the next one began on another.
+func Moves(all []*Incarnation) map[string][]time.Duration {
+	took := map[string][]time.Duration{}
+	for volume, of := range byVolume(all) {
 		var last *Incarnation
 		for _, i := range of {
 			if len(i.Writes) == 0 {
 				continue
 			}
 			if last != nil && last.Closed != 0 && last.Node != i.Node {
-				took = append(took, i.Writes[0].At-last.LastWrite().At)
+				took[volume] = append(took[volume], i.Writes[0].At-last.LastWrite().At)
 			}
 			last = i
 		}
