@@ -81,9 +81,7 @@ func (d *Driver) claim(ctx context.Context, ds *dataset, purpose string) error {
 // takeUp continues an ownership of this node that this process knows nothing of:
 // with its attachment if there is one, else under a new token.
 func (d *Driver) takeUp(ctx context.Context, ds *dataset, owner ownership.Owner) error {
-	d.note(ds, owner)
-	if ds.pending != nil {
-		d.mayBeLate(ds) // the fence an earlier process of this host died with
+	if d.note(ds, owner); ds.pending != nil {
 		return d.finishTakeover(ctx, ds)
 	}
 	if err := d.findAttachment(ctx, ds); err != nil {
@@ -116,6 +114,9 @@ func (d *Driver) owned(ctx context.Context, ds *dataset, owner ownership.Owner) 
 func (d *Driver) note(ds *dataset, owner ownership.Owner) {
 	ds.token, ds.verified, ds.pending = owner.Token, 0, owner.Pending
 	ds.oldBoot = owner.Boot != d.cfg.Node.Boot
+	if ds.pending != nil {
+		d.mayBeLate(ds) // the fence an earlier process of this host died with
+	}
 }
 
 // ask requests the volume from its live owner and waits. again says to claim
@@ -311,7 +312,6 @@ func (d *Driver) adopt(ctx context.Context, ds *dataset) {
 	}
 	ds.vol = view.Volume
 	if d.note(ds, *view.Owner); ds.pending != nil {
-		d.mayBeLate(ds)
 		return // tidy finishes it
 	}
 	if err := d.findAttachment(ctx, ds); err != nil {

@@ -268,9 +268,7 @@ func (d *Driver) confirmVolume(ctx context.Context, ds *dataset) {
 		}
 	}
 	if token != 0 && ds.token == 0 {
-		if d.note(ds, *view.Owner); ds.pending != nil {
-			d.mayBeLate(ds)
-		} else {
+		if d.note(ds, *view.Owner); ds.pending == nil {
 			ds.unseen = true
 		}
 	}

@@ -49,10 +49,11 @@ func (d *Driver) takeOver(ctx context.Context, ds *dataset, held *ownership.Held
 	}
 	d.log.WithField("volume", vol.Name).Warnf("taking it over from host %s (%s)", owner.Pending.Host, grounds)
 	ds.vol = vol
-	if held.Owner.Pending != nil {
-		d.mayBeLate(ds) // the fence its taker died with
+	late := ds.late
+	if d.note(ds, owner); held.Owner.Pending == nil {
+		ds.late = late // nobody has begun with the fence
 	}
-	return false, d.owned(ctx, ds, owner)
+	return false, d.finishTakeover(ctx, ds)
 }
 
 // grounds decides whether a volume may be taken from its silent owner, and waits

@@ -88,6 +88,17 @@ func (c *cluster) owner(vid string) (o ownership.Owner, ok bool) {
 	return o, false
 }
 
+// put writes a key of etcd as no node does.
+func (c *cluster) put(key string, value any) {
+	data, err := json.Marshal(value)
+	if err == nil {
+		_, err = c.etcd.Txn(context.Background(), ownership.Txn{Then: []ownership.Op{{Kind: ownership.OpPut, Key: key, Value: data}}})
+	}
+	if err != nil {
+		c.t.Error(err)
+	}
+}
+
 // write is a container on the node that writes and syncs.
 func (n *node) write(name string) error {
 	n.c.t.Helper()
@@ -604,6 +615,46 @@ func TestLateDetachIsWaitedFor(t *testing.T) {
 		}
 		if v := c.storage.Violations(); len(v) > 0 {
 			t.Error(v)
+		}
+	})
+}
+
+// A node that asks for a volume finds that it is taking it over itself, by a record of
+// an earlier process, whose fence may still be on its way: it is waited for.
+func TestOwnTakeoverIsFoundWhileAsking(t *testing.T) {
+	inCluster(t, twoNodes, func(cfg *driver.Config) { cfg.Hold = hold }, func(t *testing.T, c *cluster) {
+		c.use(nameless)
+		a, b := c.nodes["a"], c.nodes["b"]
+		a.create("db", nil)
+		a.mount("db", "id1")
+		a.docker.set("db", "web")
+		vid := a.status("db")["id"].(string)
+		recorded := time.Now().Add(5 * time.Second)
+		time.AfterFunc(5*time.Second, func() {
+			own, _ := c.owner(vid)
+			record := ownership.Owner{Volume: vid, Node: b.id.ID, Host: "b", Boot: b.id.Boot, Pending: &ownership.Pending{
+				Node: own.Node, Host: own.Host, Boot: own.Boot, Token: own.Token, Grounds: ownership.GroundsSilent,
+			}}
+			for _, kv := range c.etcd.Keys("") {
+				if strings.HasSuffix(kv.Key, "/own/"+vid) {
+					c.put(kv.Key, record)
+				}
+			}
+		})
+		var fencedAt time.Time
+		c.storage.SetFault(func(_ context.Context, call backendtest.Call) error {
+			if call.Method == "Fence" && fencedAt.IsZero() {
+				fencedAt = time.Now()
+			}
+			return nil
+		})
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+		defer cancel()
+		if _, err := b.Mount(ctx, "db", "id2"); err != nil {
+			t.Fatal(err)
+		}
+		if waited := fencedAt.Sub(recorded); waited < nameless.LateCalls {
+			t.Errorf("fenced %v after the record was made, want at least %v", waited, nameless.LateCalls)
 		}
 	})
 }
