@@ -25,8 +25,8 @@ type dataset struct {
 	// confirmed the token; 0 if it has not in this process's life.
 	verified int64
 	// doubt says that a release under the token may still be on its way to etcd: an
-	// attempt whose outcome is unknown, or one of an earlier process. The token must
-	// be renewed before anything is attached under it.
+	// attempt whose outcome is unknown, or one of an earlier process. What is attached
+	// under it is given up, and the token renewed, before anything is mounted.
 	doubt bool
 	// pending is whom a takeover still has to cut off: until then the volume is
 	// neither used nor given away.

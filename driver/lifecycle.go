@@ -65,10 +65,8 @@ func (d *Driver) mount(ctx context.Context, ds *dataset, id string) (err error) 
 		if err := d.closeStray(ctx, ds); err != nil {
 			return err
 		}
-		if ds.detaching {
-			if err := d.detach(ctx, ds); err != nil {
-				return err
-			}
+		if err := d.dropDoubtful(ctx, ds); err != nil {
+			return err
 		}
 		if err := d.own(ctx, ds, &undo); err != nil {
 			return err
@@ -214,6 +212,28 @@ func (d *Driver) retake(ctx context.Context, ds *dataset) error {
 	}
 	ds.vol, ds.token, ds.verified, ds.doubt, ds.oldBoot = vol, owner.Token, term, false, false
 	return nil
+}
+
+// dropDoubtful gives up an attachment that must not be used: its detach was begun, or
+// a release of its token may be on its way.
+//
+// It is kept if containers have it open, as after `docker plugin disable -f`, which
+// takes our mounts away and leaves theirs. A process releases a token only after it
+// has proved the device closed, seen it detached and written a record without Mount
+// calls; and one that did not see the release succeed mounts nothing under that token
+// any more. So a device that is open, with a Mount call in the record, was never
+// released. That it is open does not suffice: anybody may look at a new device.
+func (d *Driver) dropDoubtful(ctx context.Context, ds *dataset) error {
+	if ds.att == nil || !ds.doubt && !ds.detaching {
+		return nil
+	}
+	sure := ds.detaching || ds.oldBoot
+	err := d.detach(ctx, ds)
+	if errors.Is(err, mount.ErrBusy) && !sure && ds.refs.total() > 0 {
+		ds.doubt = false
+		return nil
+	}
+	return err
 }
 
 // disown notes that this node does not own the volume any more.
@@ -497,6 +517,12 @@ func (d *Driver) release(ctx context.Context, ds *dataset) error {
 	}
 	if err := d.awaitLate(ctx, ds); err != nil {
 		return err
+	}
+	if ds.refs.total() > 0 { // stale ones; dropDoubtful goes by the record
+		clear(ds.refs)
+		if err := d.journal.save(ds.record(d.cfg.Node.Boot)); err != nil {
+			return err
+		}
 	}
 	var err error
 	handed := false

@@ -87,10 +87,8 @@ func (d *Driver) takeUp(ctx context.Context, ds *dataset, owner ownership.Owner)
 	if err := d.findAttachment(ctx, ds); err != nil {
 		return err
 	}
-	if ds.detaching {
-		if err := d.detach(ctx, ds); err != nil {
-			return err
-		}
+	if err := d.dropDoubtful(ctx, ds); err != nil {
+		return err
 	}
 	if ds.att != nil {
 		return d.owned(ctx, ds, owner)

@@ -110,8 +110,9 @@ func (d *Driver) findAttachment(ctx context.Context, ds *dataset) error {
 	if ds.stray = ""; !ds.mounted {
 		ds.stray = device
 	}
-	// Without an attachment, whoever had the token may have begun to release it.
-	ds.doubt = ds.att == nil || ds.oldBoot || ds.detaching
+	// Unless it is mounted, whoever had the token may have begun to release it. An
+	// attachment proves nothing: it may be the effect of a call that came late.
+	ds.doubt = !ds.mounted || ds.oldBoot || ds.detaching
 	ds.detaching = (ds.detaching || ds.oldBoot) && ds.att != nil
 	ds.unseen = false
 	return nil

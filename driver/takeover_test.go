@@ -619,6 +619,99 @@ func TestLateDetachIsWaitedFor(t *testing.T) {
 	})
 }
 
+// An attach that came late is there when the process starts again, and a release that
+// comes still later is on its way: the attachment is not used, nor is its token.
+func TestAttachmentOfAReleasedTokenIsNotUsed(t *testing.T) {
+	onFencingStorage(t, twoNodes, func(t *testing.T, c *cluster) {
+		a, b := c.nodes["a"], c.nodes["b"]
+		a.create("db", nil)
+		c.storage.Inject(func(call backendtest.Call) (f backendtest.Fault) {
+			if call.Method == "Attach" {
+				f.Late = 40 * time.Second
+			}
+			return f
+		})
+		c.storage.SetFault(func(_ context.Context, call backendtest.Call) error {
+			if call.Method == "Attach" && call.Done {
+				runtime.Goexit() // nobody is there any more
+			}
+			return nil
+		})
+		go func() { _, _ = a.Mount(context.Background(), "db", "id1") }()
+		c.settle(time.Second)
+		a.restart() // and it has nothing attached, so that it lets go
+		a.etcd.Inject(func(call string) (f ownership.Fault) {
+			if call == "txn" {
+				f.Late = 150 * time.Second
+			}
+			return f
+		})
+		c.settle(10 * time.Second)
+		a.kill()
+		c.settle(40 * time.Second)
+		c.storage.Inject(nil)
+		c.storage.SetFault(nil)
+		a.start()
+		again, stop := context.WithTimeout(t.Context(), 100*time.Second)
+		defer stop()
+		if _, err := a.Mount(again, "db", "id2"); err != nil {
+			t.Fatal(err)
+		}
+		a.docker.set("db", "web")
+		c.settle(3 * time.Minute)
+		a.mustWrite("db")
+		_, err := b.Mount(t.Context(), "db", "id3")
+		wantError(t, err, "volume db is in use on host a by container web")
+	})
+}
+
+// Containers that were mounted when the plugin was disabled by force have the device
+// open: nothing was released, and they keep attachment and token.
+func TestPluginDisabledByForceKeepsTheAttachment(t *testing.T) {
+	onFencingStorage(t, twoNodes, func(t *testing.T, c *cluster) {
+		a := c.nodes["a"]
+		a.create("db", nil)
+		a.mount("db", "id1")
+		token := a.status("db")["token"]
+		release := a.kernel.Hold(c.device("db"))
+		a.kill()
+		a.kernel.DisablePlugin()()
+		a.start()
+		a.mount("db", "id2")
+		if now := a.status("db")["token"]; now != token {
+			t.Errorf("token %v, want %v still: a container uses it", now, token)
+		}
+		a.mustWrite("db")
+		a.unmount("db", "id2")
+		a.unmount("db", "id1")
+		release()
+		c.settle(2 * time.Minute)
+		c.wantNothing()
+	})
+}
+
+// A device that is open without a Mount call in the record is not known to be this
+// token's: it is not used until that is over.
+func TestAttachmentOpenToSomebodyElse(t *testing.T) {
+	onFencingStorage(t, oneNode, func(t *testing.T, c *cluster) {
+		a := c.nodes["a"]
+		a.create("db", nil)
+		a.mount("db", "id1")
+		a.unmount("db", "id1") // and it lingers
+		token := a.status("db")["token"].(int64)
+		a.kill()
+		release := a.kernel.Hold(c.device("db"))
+		a.start()
+		_, err := a.Mount(t.Context(), "db", "id2")
+		wantError(t, err, "close volume db: ")
+		release()
+		a.mount("db", "id2")
+		if now := a.status("db")["token"].(int64); now <= token {
+			t.Errorf("token %d, want one above %d", now, token)
+		}
+	})
+}
+
 // A node that asks for a volume finds that it is taking it over itself, by a record of
 // an earlier process, whose fence may still be on its way: it is waited for.
 func TestOwnTakeoverIsFoundWhileAsking(t *testing.T) {
