@@ -33,7 +33,8 @@ type dataset struct {
 	pending *ownership.Pending
 	// fault is why the takeover is not finished yet, for people.
 	fault string
-	// late is until when an earlier call to the storage may still take effect.
+	// late is until when an earlier call to the storage may still take effect; zero
+	// if nothing of that is on disk.
 	late time.Time
 	// oldBoot says that the token is from before the host was started anew: an
 	// attachment of that time is dropped, and the token renewed.
@@ -146,7 +147,7 @@ func (ds *dataset) idle() bool {
 func (ds *dataset) record(boot string) record {
 	return record{
 		ID: ds.id, Name: ds.vol.Name, Backend: ds.vol.Backend, Boot: boot, Token: ds.token,
-		Attachment: ds.att, Detaching: ds.detaching, Refs: maps.Clone(ds.refs),
+		Attachment: ds.att, Detaching: ds.detaching, Late: time.Now().Before(ds.late), Refs: maps.Clone(ds.refs),
 	}
 }
 

@@ -430,7 +430,7 @@ func (d *Driver) hold(vid string) (ds *dataset, done func()) {
 		if ds.users--; ds.users > 0 {
 			return
 		}
-		if s := ds.snapshot.Load(); s.idle() && time.Now().After(s.late) {
+		if s := ds.snapshot.Load(); s.idle() && s.late.IsZero() {
 			delete(d.datasets, vid)
 			if ds.timer != nil {
 				ds.timer.Stop()

@@ -26,7 +26,8 @@ import (
 //
 //	node.json          the node's identity, made once
 //	epoch              how often the process was started or activated
-//	volumes/<vid>.json one record for each volume this node owns
+//	volumes/<vid>.json one record for each volume this node owns, or has called the
+//	                   storage for with an effect that may come late
 //	seen.json          which cluster this node belongs to, and how far it has followed
 //	                   it: an etcd put back to an older state is refused
 //	known.json         the last seen definition of every volume, to answer Docker
@@ -54,7 +55,10 @@ type record struct {
 	// Detaching is the intent, written and synced before the backend is called: a
 	// process that finds it finishes that detach before it attaches again.
 	Detaching bool `json:"detaching,omitempty"`
-	Refs      refs `json:"refs,omitempty"`
+	// Late says that another call may still end an attachment of this node's or of
+	// another one, whatever its token. It outlives the ownership: then Token is 0.
+	Late bool `json:"late,omitempty"`
+	Refs refs `json:"refs,omitempty"`
 }
 
 const recordVersion = 1
@@ -87,7 +91,7 @@ func (j *journal) path(vid string) string {
 // storage is told.
 func (j *journal) save(r record) error {
 	r.Version = recordVersion
-	if err := writeJSON(j.path(r.ID), r, r.Detaching); err != nil {
+	if err := writeJSON(j.path(r.ID), r, r.Detaching || r.Late); err != nil {
 		return fmt.Errorf("write journal of volume %s: %w", r.Name, err)
 	}
 	return nil
@@ -140,7 +144,7 @@ func decodeRecord(data []byte, vid string) (record, error) {
 		return record{}, fmt.Errorf("version %d, want %d", r.Version, recordVersion)
 	case r.ID != vid || uuid.Validate(r.ID) != nil:
 		return record{}, fmt.Errorf("id %q does not fit the file's name", r.ID)
-	case r.Token <= 0:
+	case r.Token < 0, r.Token == 0 && !r.Late && !r.Detaching:
 		return record{}, fmt.Errorf("token %d", r.Token)
 	}
 	for id, ref := range r.Refs {

@@ -241,9 +241,12 @@ func (d *Driver) disown(ds *dataset) {
 	ds.token, ds.verified, ds.doubt, ds.unseen, ds.attempts = 0, 0, false, false, 0
 	ds.pending, ds.fault, ds.oldBoot = nil, "", false
 	clear(ds.refs)
-	if err := d.journal.remove(ds.id); err != nil {
-		d.log.WithField("volume", ds.vol.Name).Warn(err)
+	if time.Now().Before(ds.late) {
+		if err := d.journal.save(ds.record(d.cfg.Node.Boot)); err != nil {
+			d.log.WithField("volume", ds.vol.Name).Warn(err)
+		}
 	}
+	d.forgetLate(ds)
 }
 
 // attach makes the volume's device appear, under the present token. Attachments
@@ -270,6 +273,9 @@ func (d *Driver) attach(ctx context.Context, ds *dataset, undo *undoStack) error
 		}
 		if !errors.Is(err, backends.ErrUnavailable) || time.Since(started) > backendPatience || !sleep(ctx, jitter(wait)) {
 			return err
+		}
+		if late := d.awaitLate(ctx, ds); late != nil { // what was in the way may go late
+			return errors.Join(err, late)
 		}
 		if lost := d.stillOwned(ctx, ds); lost != nil {
 			return errors.Join(err, lost)
@@ -317,8 +323,7 @@ func (d *Driver) dropStale(ctx context.Context, backend backends.Backend, ds *da
 		if att.Volume != ds.id || att.Token == ds.token {
 			continue
 		}
-		if err := backend.Detach(ctx, att); err != nil {
-			d.mayBeLate(ds)
+		if err := d.mark(ds, func() error { return backend.Detach(ctx, att) }); err != nil {
 			return fmt.Errorf("detach volume %s, left attached from before: %w", ds.vol.Name, err)
 		}
 	}

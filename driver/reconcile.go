@@ -53,8 +53,12 @@ func (d *Driver) restoreRecord(ctx context.Context, ds *dataset, r record) {
 	}
 	// Also one of an earlier boot: the storage may do it at any time.
 	ds.detaching = r.Detaching
-	if r.Detaching {
+	if r.Detaching || r.Late {
 		d.mayBeLate(ds)
+	}
+	if r.Token == 0 {
+		d.forgetLate(ds)
+		return
 	}
 	ds.oldBoot = r.Boot != d.cfg.Node.Boot
 	if err := d.findAttachment(ctx, ds); err != nil {
@@ -210,8 +214,7 @@ func (d *Driver) dropForeign(ctx context.Context, ds *dataset, name string, back
 	if !ds.idle() { // a leftover beside what this node has now
 		if err := d.cfg.Mounter.Close(ctx, att.Device); err != nil && !errors.Is(err, mount.ErrUnwritten) {
 			log.Errorf("%s is attached under token %d, which is over, and in use: %v", att.Device, att.Token, err)
-		} else if err := backend.Detach(ctx, att); err != nil {
-			d.mayBeLate(ds)
+		} else if err := d.mark(ds, func() error { return backend.Detach(ctx, att) }); err != nil {
 			log.Warnf("detach %s, left from token %d: %v", att.Device, att.Token, err)
 		}
 		return
@@ -287,6 +290,7 @@ func (d *Driver) confirmVolume(ctx context.Context, ds *dataset) {
 // the periodic reconcile.
 func (d *Driver) tidy(ctx context.Context, ds *dataset) {
 	if ds.idle() {
+		d.forgetLate(ds)
 		return
 	}
 	log := d.log.WithField("volume", ds.vol.Name)

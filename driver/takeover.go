@@ -234,7 +234,10 @@ func (d *Driver) refence(ctx context.Context, backend backends.Backend, ds *data
 		}
 	}
 	d.log.WithField("volume", ds.vol.Name).Warnf("cutting off host %s, which has it attached under token %d", from.Host, from.Token)
-	_, err = d.fence(ctx, ds, from)
+	err = d.mark(ds, func() error {
+		_, err := d.fence(ctx, ds, from)
+		return err
+	})
 	return true, err
 }
 
@@ -266,6 +269,38 @@ func (d *Driver) mayBeLate(ds *dataset) {
 		return
 	}
 	ds.late = time.Now().Add(backend.Properties().LateCalls)
+}
+
+// mark makes a call that ends an attachment beside the one in the journal. Where that
+// may come late, it is on disk before: also a process that starts after this one was
+// killed in the middle waits until it can take no effect any more.
+func (d *Driver) mark(ds *dataset, call func() error) error {
+	before := ds.late
+	if d.mayBeLate(ds); ds.late != before {
+		if err := d.journal.save(ds.record(d.cfg.Node.Boot)); err != nil {
+			ds.late = before
+			return err
+		}
+	}
+	if err := call(); err != nil {
+		d.mayBeLate(ds)
+		return err
+	}
+	ds.late = before // the storage has shown the effect; the record goes with the next save
+	return nil
+}
+
+// forgetLate removes the record of a volume that is here no more, once no earlier call
+// for it can take effect.
+func (d *Driver) forgetLate(ds *dataset) {
+	if wait := time.Until(ds.late); wait > 0 {
+		d.schedule(ds, wait)
+		return
+	}
+	ds.late = time.Time{}
+	if err := d.journal.remove(ds.id); err != nil {
+		d.log.WithField("volume", ds.vol.Name).Warn(err)
+	}
 }
 
 // awaitLate waits until no earlier call can hit what is done next: where the

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -749,6 +750,128 @@ func TestOwnTakeoverIsFoundWhileAsking(t *testing.T) {
 		if waited := fencedAt.Sub(recorded); waited < nameless.LateCalls {
 			t.Errorf("fenced %v after the record was made, want at least %v", waited, nameless.LateCalls)
 		}
+	})
+}
+
+// again makes the next call of a method to the storage have its effect, and once more
+// nearly as long afterwards as it may.
+func (c *cluster) again(method string, unanswered bool) {
+	var done atomic.Bool
+	c.storage.Inject(func(call backendtest.Call) (f backendtest.Fault) {
+		if call.Method == method && !done.Swap(true) {
+			f.Again, f.DropReply = nameless.LateCalls-time.Second, unanswered
+		}
+		return f
+	})
+}
+
+// That a call may come late is known also to a process that starts when the volume is
+// not this node's any more, and takes it back.
+func TestLateCallOutlivesTheOwnership(t *testing.T) {
+	inCluster(t, twoNodes, func(cfg *driver.Config) { cfg.Hold = hold }, func(t *testing.T, c *cluster) {
+		c.use(nameless)
+		a, b := c.nodes["a"], c.nodes["b"]
+		a.create("db", nil)
+		a.mount("db", "id1")
+		c.again("Detach", true)
+		a.unmount("db", "id1")
+		c.settle(6 * time.Second) // the linger is over, and the detach has failed
+		a.partition(true)
+		b.mount("db", "id2")
+		a.partition(false)
+		c.settle(5 * time.Second) // a has seen that it is not the owner
+		if files, _ := filepath.Glob(filepath.Join(a.stateDir, "volumes", "*.json")); len(files) != 1 {
+			t.Errorf("records %v, want one of the late detach", files)
+		}
+		a.restart()
+		b.unmount("db", "id2")
+		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+		defer cancel()
+		if _, err := a.Mount(ctx, "db", "id3"); err != nil {
+			t.Fatal(err)
+		}
+		a.docker.set("db", "web")
+		c.settle(90 * time.Second)
+		a.mustWrite("db")
+		a.docker.set("db")
+		a.unmount("db", "id3")
+		c.settle(3 * time.Minute)
+		c.wantNothing()
+	})
+}
+
+// The process is killed in the middle of the detach of what an earlier one had attached
+// under an older token: the next one waits until that cannot come late any more.
+func TestDetachOfALeftoverIsRemembered(t *testing.T) {
+	inCluster(t, oneNode, func(cfg *driver.Config) { cfg.Hold = hold }, func(t *testing.T, c *cluster) {
+		c.use(nameless)
+		a := c.nodes["a"]
+		a.create("db", nil)
+		vid := a.status("db")["id"].(string)
+		_, err := c.storage.Node(a.id.ID).Attach(t.Context(), backends.AttachRequest{Ref: "m-" + vid, Volume: vid, Token: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.again("Detach", false)
+		a.killedAt("Detach", true, func() { _, _ = a.Mount(context.Background(), "db", "id1") })
+		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+		defer cancel()
+		if _, err := a.Mount(ctx, "db", "id2"); err != nil {
+			t.Fatal(err)
+		}
+		a.docker.set("db", "web")
+		c.settle(90 * time.Second)
+		a.mustWrite("db")
+	})
+}
+
+// The same, where the storage fails instead of the process: the mount goes on asking.
+func TestDetachOfALeftoverIsWaitedFor(t *testing.T) {
+	inCluster(t, oneNode, func(cfg *driver.Config) { cfg.Hold = hold }, func(t *testing.T, c *cluster) {
+		c.use(nameless)
+		a := c.nodes["a"]
+		a.create("db", nil)
+		vid := a.status("db")["id"].(string)
+		_, err := c.storage.Node(a.id.ID).Attach(t.Context(), backends.AttachRequest{Ref: "m-" + vid, Volume: vid, Token: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.again("Detach", true)
+		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+		defer cancel()
+		if _, err := a.Mount(ctx, "db", "id1"); err != nil {
+			t.Fatal(err)
+		}
+		a.docker.set("db", "web")
+		c.settle(90 * time.Second)
+		a.mustWrite("db")
+	})
+}
+
+// The process is killed in the middle of the second fence, of a host whose attach came
+// after the first one: that host gets the volume only when the fence cannot come late
+// any more.
+func TestSecondFenceIsRemembered(t *testing.T) {
+	patient := func(cfg *driver.Config) { cfg.Hold, cfg.BusyWait = hold, 2*time.Minute }
+	inCluster(t, twoNodes, patient, func(t *testing.T, c *cluster) {
+		c.use(nameless)
+		a, b := c.nodes["a"], c.nodes["b"]
+		a.create("db", nil)
+		vid := a.status("db")["id"].(string)
+		_, err := c.storage.Node(a.id.ID).Attach(t.Context(), backends.AttachRequest{Ref: "m-" + vid, Volume: vid, Token: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.again("Fence", false)
+		b.killedAt("Fence", true, func() { _, _ = b.Mount(context.Background(), "db", "id1") })
+		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+		defer cancel()
+		if _, err := a.Mount(ctx, "db", "id2"); err != nil {
+			t.Fatal(err)
+		}
+		a.docker.set("db", "web")
+		c.settle(90 * time.Second)
+		a.mustWrite("db")
 	})
 }
 
