@@ -112,6 +112,7 @@ type Driver struct {
 	waiting   map[string][]ownership.Request
 	answering map[string]bool      // volumes whose waiting nodes are being answered
 	suspects  map[string]time.Time // volumes whose claim had an unknown outcome
+	forced    map[int64]time.Time  // declarations of death by force, by revision: since when they are known
 	unlearned map[string]int       // volumes whose containers are not known yet: how often to ask Docker
 	silent    time.Time            // when etcd last failed to answer a Get
 }
@@ -142,6 +143,7 @@ func New(cfg Config) (*Driver, error) {
 		confirmed: make(chan struct{}), ctx: ctx, stop: stop,
 		datasets: map[string]*dataset{}, known: map[string]ownership.Volume{},
 		waiting: map[string][]ownership.Request{}, answering: map[string]bool{}, suspects: map[string]time.Time{}, unlearned: map[string]int{},
+		forced: map[int64]time.Time{},
 	}
 	d.epoch.Store(epoch)
 	d.restore(ctx)

@@ -175,6 +175,12 @@ func (d *Driver) ask(ctx context.Context, ds *dataset, held *ownership.HeldError
 			if errors.Is(d.cfg.Map.Request(ctx, held.Owner, w.purpose), ownership.ErrConflict) {
 				continue
 			}
+			if d.condemned(ctx, held.Owner) {
+				if again, err := d.withdraw(ctx, ds, held.Owner, nil); err != nil || !again {
+					return again, err
+				}
+				return d.takeOver(ctx, ds, held, w)
+			}
 		case <-patience.C:
 			impatient = true
 		case <-ctx.Done():

@@ -75,7 +75,7 @@ func (d *Driver) grounds(ctx context.Context, held *ownership.HeldError, purpose
 	case err != nil:
 		return "", d.explain(held.Volume.Name, err)
 	case death != nil:
-		return ownership.GroundsConfirmed, nil
+		return ownership.GroundsConfirmed, d.awaitGivenUp(ctx, held, backend, *death)
 	case purpose == removing:
 		way := "mount the volume on another host first, which takes it over"
 		if !canFence(backend) {
@@ -96,6 +96,70 @@ func (d *Driver) grounds(ctx context.Context, held *ownership.HeldError, purpose
 		return ownership.GroundsRebooted, d.awaitSilence(ctx, held)
 	}
 	return "", d.deadOwner(held, held.Volume.Backend+" cannot cut it off, so nothing was changed: "+byHand)
+}
+
+// giveUpTime is how long a host has to give up what it has open, after it was declared
+// dead although it may be live; and the hold on top of that.
+const giveUpTime = 30 * time.Second
+
+// awaitGivenUp waits for an owner that was declared dead by force, where nothing but
+// its own doing ends its writes. It takes the declaration back when it has given up
+// everything: ErrConflict then. One that has not for giveUpTime and the hold, since
+// this node came to know of the declaration, hangs, and the operator is believed.
+func (d *Driver) awaitGivenUp(ctx context.Context, held *ownership.HeldError, backend backends.Backend, death ownership.Death) error {
+	owner := held.Owner
+	if !death.Forced || canFence(backend) {
+		return nil
+	}
+	if rebooted, err := d.rebooted(ctx, owner); rebooted || err != nil {
+		return err
+	}
+	patience := giveUpTime + d.cfg.Hold
+	since := d.forcedSince(death)
+	for {
+		if silent, ok := d.cfg.Map.Silence(owner.Node); ok && silent >= patience {
+			return nil // it was off before anybody said so
+		}
+		wait := patience - time.Since(since)
+		if wait <= 0 {
+			d.log.WithField("volume", held.Volume.Name).Errorf("host %s has not said for %s that it has given up what it has", owner.Host, patience)
+			return nil
+		}
+		sleep(ctx, min(wait, poll/2))
+		view, unseen := d.cfg.Map.View(ctx, held.Volume.ID)
+		now, err := d.cfg.Map.Died(ctx, owner.Node, owner.Boot)
+		switch err = errors.Join(unseen, err); {
+		case ctx.Err() != nil:
+			return d.deadOwner(held, fmt.Sprintf("it was declared dead by force, and has not yet said that it has given up its volumes; "+
+				"without that it is taken over in %s; retry", max((patience-time.Since(since)).Round(time.Second), time.Second)))
+		case err != nil:
+			return d.explain(held.Volume.Name, err)
+		case view.Owner == nil, view.Owner.Token != owner.Token, now == nil && view.OwnerLive:
+			return fmt.Errorf("volume %s: %w", held.Volume.Name, ownership.ErrConflict)
+		}
+	}
+}
+
+// forcedSince returns when this node came to know of a declaration. The time in it is
+// another host's.
+func (d *Driver) forcedSince(death ownership.Death) time.Time {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if _, ok := d.forced[death.Revision]; !ok {
+		d.forced[death.Revision] = time.Now()
+	}
+	return d.forced[death.Revision]
+}
+
+// condemned says that a live owner was declared dead by force: it is to give up all it
+// has, and may be past answering.
+func (d *Driver) condemned(ctx context.Context, owner ownership.Owner) bool {
+	death, err := d.cfg.Map.Died(ctx, owner.Node, owner.Boot)
+	if err != nil || death == nil || !death.Forced {
+		return false
+	}
+	rebooted, err := d.rebooted(ctx, owner)
+	return err == nil && !rebooted
 }
 
 // canFence says that the storage itself can keep a host from writing a volume.

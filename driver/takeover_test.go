@@ -346,6 +346,90 @@ func TestForcedConfirmation(t *testing.T) {
 	})
 }
 
+// A live host that was declared dead by force takes its time to give up. Where nothing
+// cuts it off, its volume is not taken before it is done.
+func TestForcedHostIsWaitedFor(t *testing.T) {
+	inCluster(t, twoNodes, func(cfg *driver.Config) { cfg.Hold = hold }, func(t *testing.T, c *cluster) {
+		a, b := c.nodes["a"], c.nodes["b"]
+		a.create("db", nil)
+		a.mount("db", "id1")
+		a.mounter.SetDelay(func(call, _ string) time.Duration {
+			if call == mount.CallShutdown {
+				return 20 * time.Second
+			}
+			return 0
+		})
+		if _, err := b.ConfirmDead(t.Context(), "a", ownership.Death{By: "op", Evidence: "it hangs", Forced: true}); err != nil {
+			t.Fatal(err)
+		}
+		began := time.Now()
+		b.mount("db", "id2")
+		if took := time.Since(began); took < 20*time.Second || took > 25*time.Second {
+			t.Errorf("mounted after %v, want as soon as the other host has given up, after 20s", took)
+		}
+		b.mustWrite("db")
+	})
+}
+
+// It cannot give up what it has: in the end the operator is believed.
+func TestForcedHostThatDoesNotGiveUp(t *testing.T) {
+	inCluster(t, twoNodes, func(cfg *driver.Config) { cfg.Hold = hold }, func(t *testing.T, c *cluster) {
+		a, b := c.nodes["a"], c.nodes["b"]
+		a.create("db", nil)
+		a.mount("db", "id1")
+		release := a.kernel.Hold(c.device("db"))
+		a.docker.setDown(true)
+		if _, err := b.ConfirmDead(t.Context(), "a", ownership.Death{By: "op", Evidence: "it hangs", Forced: true}); err != nil {
+			t.Fatal(err)
+		}
+		c.settle(time.Second)
+		began := time.Now()
+		soon, cancel := context.WithTimeout(t.Context(), 13*time.Second)
+		defer cancel()
+		_, err := b.Mount(soon, "db", "id2")
+		wantError(t, err, "volume db is owned by host a, which has not been heard from for 14s; it was declared dead by force, "+
+			"and has not yet said that it has given up its volumes; without that it is taken over in 20s; retry")
+		b.mount("db", "id2")
+		if took := time.Since(began); took < 32*time.Second || took > 36*time.Second {
+			t.Errorf("mounted after %v, want 33s", took)
+		}
+		b.mustWrite("db")
+		release()
+		c.settle(time.Minute)
+		b.mustWrite("db")
+	})
+}
+
+// It hangs so that it keeps its lease and answers nobody.
+func TestForcedHostThatLooksLive(t *testing.T) {
+	inCluster(t, twoNodes, func(cfg *driver.Config) { cfg.Hold = hold }, func(t *testing.T, c *cluster) {
+		a, b := c.nodes["a"], c.nodes["b"]
+		a.create("db", nil)
+		a.mount("db", "id1")
+		a.kill()
+		a.kernel.Reboot()
+		c.settle(20 * time.Second)
+		for _, kv := range c.etcd.Keys("") {
+			if strings.HasSuffix(kv.Key, "/live/"+b.id.ID) {
+				c.put(strings.TrimSuffix(kv.Key, b.id.ID)+a.id.ID, a.id)
+			}
+		}
+		if _, err := b.ConfirmDead(t.Context(), "a", ownership.Death{By: "op", Evidence: "it hangs", Forced: true}); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Second)
+		defer cancel()
+		began := time.Now()
+		if _, err := b.Mount(ctx, "db", "id2"); err != nil {
+			t.Fatal(err)
+		}
+		if took := time.Since(began); took < 33*time.Second || took > 40*time.Second {
+			t.Errorf("mounted after %v, want about 35s", took)
+		}
+		b.mustWrite("db")
+	})
+}
+
 // Many hosts fall silent at once: that is the network, or etcd.
 func TestManySilentHosts(t *testing.T) {
 	onFencingStorage(t, []string{"a", "b", "c", "d", "e"}, func(t *testing.T, c *cluster) {

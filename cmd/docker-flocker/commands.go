@@ -142,7 +142,8 @@ func (c *cli) confirmDead() *cobra.Command {
 			"gives up what others may have, and then is an ordinary host again.\n\n" +
 			"A host that answers is not declared dead without --force, and that asks for its\n" +
 			"name a second time; where there is no terminal, with --confirm. A live host that is\n" +
-			"declared dead gives up its volumes under the containers that use them.",
+			"declared dead gives up its volumes under the containers that use them. Others mount\n" +
+			"them when it has; or after half a minute, if it says nothing.",
 		Example: c.example(
 			`node confirm-dead host-a --because "power supply burnt, unplugged"`,
 			"node confirm-dead host-a --force --confirm host-a"),
@@ -155,8 +156,8 @@ func (c *cli) confirmDead() *cobra.Command {
 			case body.Force && body.Typed == "":
 				var err error
 				body.Typed, err = c.typed("Host "+host+" will be recorded as dead even if it is running. If it is, its containers lose\n"+
-					"their volumes; and until it hears of that, it may write to volumes that other hosts\n"+
-					"mount, which destroys them.", "the host's name", host)
+					"their volumes. If it hangs and does not hear of that, other hosts mount them after half\n"+
+					"a minute; what it writes then destroys them.", "the host's name", host)
 				if err != nil {
 					return err
 				}

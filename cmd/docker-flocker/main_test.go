@@ -206,8 +206,8 @@ func TestConfirmDead(t *testing.T) {
 
 func TestForce(t *testing.T) {
 	const question = "Host a will be recorded as dead even if it is running. If it is, its containers lose\n" +
-		"their volumes; and until it hears of that, it may write to volumes that other hosts\n" +
-		"mount, which destroys them.\nType the host's name to go on: "
+		"their volumes. If it hangs and does not hear of that, other hosts mount them after half\n" +
+		"a minute; what it writes then destroys them.\nType the host's name to go on: "
 	const usage = "See 'docker flocker node confirm-dead --help'.\n"
 	done := result{0, dead + "It owns no volumes." + ifNot, ""}
 	f := &fake{}
