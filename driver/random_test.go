@@ -64,7 +64,6 @@ type world struct {
 	c     *cluster
 	dir   string
 	hosts []*host
-	ops   sync.WaitGroup
 	props backends.Properties
 	busy  chan struct{} // as many calls of Docker as are in flight
 
@@ -345,14 +344,14 @@ func (h *host) do(limit time.Duration, what string, f func(ctx context.Context, 
 	default:
 		return // busy enough
 	}
-	w.ops.Go(func() {
+	go func() {
 		defer func() { <-w.busy }()
 		ctx, cancel := context.WithTimeout(context.Background(), limit)
 		defer cancel()
 		w.log("%s: %s", h.name, what)
 		err := f(ctx, d)
 		w.log("%s: %s: %v", h.name, what, err)
-	})
+	}()
 }
 
 // step lets something happen, and some time pass.
@@ -706,7 +705,9 @@ func (w *world) end() {
 			h.wake()
 		}
 	}
-	w.ops.Wait()
+	for len(w.busy) > 0 { // containers that are killed meanwhile are unmounted, too
+		time.Sleep(time.Second)
+	}
 	c.settle(time.Minute)
 	w.check()
 	for _, h := range w.hosts {
