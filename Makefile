@@ -131,7 +131,7 @@ model: ## every interleaving of a model of the protocol, and of its broken varia
 
 .PHONY: sim
 sim: ## the real code on everything in memory, with faults; SEEDS=n, SEED=first
-	$(GO) test -count 1 -timeout 60m ./driver -run 'TestRandom|TestKilled|TestTaker' -seed $(or $(SEED),1) -seeds $(or $(SEEDS),300)
+	$(GO) test -count 1 -timeout 60m ./driver -run 'TestRandom|TestKilled|TestTaker' -pairs -seed $(or $(SEED),1) -seeds $(or $(SEEDS),300)
 
 .PHONY: test-etcd
 test-etcd: ## ownership on three real etcd members that are killed, paused, cut off, restored

@@ -33,6 +33,8 @@ type cluster struct {
 	disks   *mount.FakeDisks
 	nodes   map[string]*node
 	cfg     func(*driver.Config)
+	// store, if not nil, is put between a new process and its connection to etcd.
+	store func(*node) ownership.Store
 }
 
 // node is a host: what survives the plugin's process, and the process.
@@ -109,8 +111,12 @@ func (n *node) startWith(registered context.Context, partitioned bool) {
 	if err != nil {
 		n.c.t.Fatal(err)
 	}
+	store := ownership.Store(n.etcd)
+	if n.c.store != nil {
+		store = n.c.store(n)
+	}
 	var d *driver.Driver
-	m := ownership.New(n.etcd, id, ownership.Config{
+	m := ownership.New(store, id, ownership.Config{
 		Seen:      seen,
 		Condemned: func(ctx context.Context, death ownership.Death) error { return d.GiveUp(ctx, death) },
 		Healthy:   func() error { return d.Healthy() },
