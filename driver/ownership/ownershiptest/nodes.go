@@ -6,6 +6,7 @@ import (
 	"errors"
 	"path"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -129,6 +130,35 @@ func registerLeaseRevoked(r *rig) {
 	n.claim(n.volume("w").ID)
 }
 
+// Another process that registers as this node at the same time is not this one.
+func registerMeanwhile(r *rig) {
+	first := r.node("a")
+	first.stop()
+	other := strings.Replace(string(r.keys("live", "a")[0].Value), first.Node().Session, "another", 1)
+	store := r.cluster.Connect()
+	r.Cleanup(func() { _ = store.Close() })
+	bad := ownership.NewFaults(store)
+	var once sync.Once
+	bad.Inject(func(call string) ownership.Fault {
+		if call == "txn" { // the first that may write is the registration
+			once.Do(func() { r.put(other, "live", "a") })
+		}
+		return ownership.Fault{}
+	})
+	m := ownership.New(bad, identity("a"), ownership.Config{Prefix: r.cluster.Prefix, TTL: 30 * time.Second, Timeout: 3 * time.Second, Seen: first.Seen()})
+	ctx, cancel := context.WithCancel(r.Context())
+	done := make(chan error, 1)
+	go func() { done <- m.Run(ctx) }()
+	limit, stop := context.WithTimeout(ctx, 10*time.Second)
+	defer stop()
+	r.ok(m.Registered(limit))
+	if live := r.keys("live", "a")[0]; live.Lease != m.Term() {
+		r.Errorf("registered with lease %d, and live is %s on lease %d", m.Term(), live.Value, live.Lease)
+	}
+	cancel()
+	<-done
+}
+
 func registerAmbiguous(r *rig) {
 	for name, fault := range ambiguous {
 		id := identity("n" + name)
@@ -151,6 +181,9 @@ func registerAmbiguous(r *rig) {
 			r.Errorf("%s: %v", name, err)
 		}
 		stop()
+		if node := r.keys("node", id.ID)[0]; node.Version != 1 {
+			r.Errorf("%s: registered %d times", name, node.Version)
+		}
 		if got := len(r.keys("live", id.ID)); got != 1 {
 			r.Errorf("%s: %d liveness keys", name, got)
 		}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -48,6 +49,7 @@ func Run(t *testing.T, cfg Config) {
 		{"RegisterRemoved", registerRemoved},
 		{"RegisterLeaseRevoked", registerLeaseRevoked},
 		{"RegisterAmbiguous", registerAmbiguous},
+		{"RegisterMeanwhile", registerMeanwhile},
 		{"RegisterOtherCluster", registerOtherCluster},
 		{"Unhealthy", unhealthy},
 		{"Create", create},
@@ -73,6 +75,7 @@ func Run(t *testing.T, cfg Config) {
 		{"HandOverAmbiguous", handOverAmbiguous},
 		{"HandOverLate", handOverLate},
 		{"HandOverWithdrawRace", handOverWithdrawRace},
+		{"Followed", followed},
 		{"Formatted", formatted},
 		{"Delete", deletes},
 		{"DeleteOwned", deleteOwned},
@@ -316,6 +319,23 @@ func (n *node) once(fault ownership.Fault) {
 		}
 		done = true
 		return fault
+	})
+}
+
+// followed has the next transaction take effect without an answer, and then f happen
+// before it is sent again.
+func (n *node) followed(f func()) {
+	var txns atomic.Int32
+	n.bad.Inject(func(call string) ownership.Fault {
+		if call == "txn" {
+			switch txns.Add(1) {
+			case 1:
+				return ownership.Fault{DropReply: true}
+			case 2:
+				f()
+			}
+		}
+		return ownership.Fault{}
 	})
 }
 

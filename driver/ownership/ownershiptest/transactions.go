@@ -643,6 +643,73 @@ func handOverWithdrawRace(r *rig) {
 	}
 }
 
+// Of a write whose answer was lost, what others have made of it since is no proof
+// that it was done, or was not: its operation id is.
+func followed(r *rig) {
+	a, b := r.node("a"), r.node("b")
+	ctx := r.Context()
+	owned := func(name string) (ownership.Volume, ownership.Owner) {
+		v := a.volume(name)
+		return v, a.claim(v.ID)
+	}
+	let := func(n *node, vid string) {
+		if err := n.Release(ctx, vid, r.owner(vid).Token); err != nil {
+			r.Error(err)
+		}
+	}
+
+	// The new owner has let go, and has it under another token.
+	v, o := owned("handed")
+	req := b.ask(o, a)
+	a.followed(func() { let(b, v.ID); b.claim(v.ID) })
+	handed, err := a.HandOver(ctx, v.ID, o.Token, req)
+	r.is(err, ownership.ErrLost)
+	if handed {
+		r.Error("a claim is taken for the hand-over")
+	}
+	r.ownedBy(v.ID, "b", 0)
+	// It has let go.
+	v, o = owned("handed, released")
+	req = b.ask(o, a)
+	a.followed(func() { let(b, v.ID) })
+	handed, err = a.HandOver(ctx, v.ID, o.Token, req)
+	r.ok(err)
+	if handed {
+		r.Error("handed over to nobody")
+	}
+	r.ownedBy(v.ID, "", 0)
+
+	// This node has it, by another call.
+	v = a.volume("claimed")
+	a.followed(func() { let(a, v.ID); a.claim(v.ID) })
+	_, _, err = a.Claim(ctx, v.ID)
+	r.held(err, "a", true)
+	v, o = owned("retaken")
+	a.followed(func() {
+		if _, _, err := a.Retake(ctx, *r.owner(v.ID)); err != nil {
+			r.Error(err)
+		}
+	})
+	_, _, err = a.Retake(ctx, o)
+	r.is(err, ownership.ErrLost)
+
+	// The token is gone, and what was done under it stays done.
+	v, o = owned("formatted")
+	a.followed(func() { let(a, v.ID) })
+	v, err = a.Formatted(ctx, v.ID, o.Token, v)
+	r.ok(err)
+	if !v.Formatted {
+		r.Error("not formatted")
+	}
+	v, o = owned("quarantined")
+	a.followed(func() { let(a, v.ID) })
+	v, err = a.Quarantine(ctx, v, o.Token, "why")
+	r.ok(err)
+	if v.Phase != ownership.PhaseQuarantined {
+		r.Errorf("it is %s", v.Phase)
+	}
+}
+
 func formatted(r *rig) {
 	a, b := r.node("a"), r.node("b")
 	for name, fault := range ambiguous {
