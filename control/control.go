@@ -31,8 +31,8 @@ type Driver interface {
 	// It is refused with an *ownership.LiveError while the host is live, unless
 	// Forced.
 	ConfirmDead(ctx context.Context, host string, d ownership.Death) (ownership.Death, error)
-	Reinstate(ctx context.Context, name string) error
-	AcceptRestore(ctx context.Context) (gen int64, err error)
+	Reinstate(ctx context.Context, name, by string) error
+	AcceptRestore(ctx context.Context, by string) (gen int64, err error)
 }
 
 // Owners is what is asked who has what; *ownership.Map is one.
@@ -158,11 +158,8 @@ func (a *Admin) confirmDead(ctx context.Context, r *http.Request) (any, error) {
 	if err := plain("because", body.Because); err != nil {
 		return nil, err
 	}
-	if err := plain("by", body.By); err != nil {
+	if err := said(body.By, "declares the host dead"); err != nil {
 		return nil, err
-	}
-	if body.By == "" {
-		return nil, badRequest("by is missing: say who declares the host dead")
 	}
 	// It is looked at here and not only where it is typed, so that no script forces
 	// by accident.
@@ -234,8 +231,15 @@ func (a *Admin) volumesOf(ctx context.Context, node string) []string {
 
 func (a *Admin) reinstate(ctx context.Context, r *http.Request) (any, error) {
 	name := r.PathValue("name")
-	err := a.driver.Reinstate(ctx, name)
-	a.changed("reinstate", err, logrus.Fields{"volume": name})
+	var body api.Reinstatement
+	if err := decode(r, &body); err != nil {
+		return nil, err
+	}
+	if err := said(body.By, "reinstates the volume"); err != nil {
+		return nil, err
+	}
+	err := a.driver.Reinstate(ctx, name, body.By)
+	a.changed("reinstate", err, logrus.Fields{"volume": name, "by": body.By})
 	return api.Reinstated{Volume: name}, err
 }
 
@@ -248,8 +252,11 @@ func (a *Admin) acceptRestore(ctx context.Context, r *http.Request) (any, error)
 		return nil, badRequest("to accept what was restored, the word %q has to be typed, and %q is not it: docker flocker cluster accept-restore --confirm %s",
 			api.Restored, body.Typed, api.Restored)
 	}
-	gen, err := a.driver.AcceptRestore(ctx)
-	a.changed("accept-restore", err, logrus.Fields{"generation": gen})
+	if err := said(body.By, "accepts what was restored"); err != nil {
+		return nil, err
+	}
+	gen, err := a.driver.AcceptRestore(ctx, body.By)
+	a.changed("accept-restore", err, logrus.Fields{"generation": gen, "by": body.By})
 	return api.Accepted{Generation: gen}, err
 }
 
@@ -278,6 +285,14 @@ func decode(r *http.Request, body any) error {
 		return &refusal{http.StatusRequestEntityTooLarge, "the request's body is larger than 64 KiB"}
 	}
 	return badRequest("the request's body is not what it should be: %v", err)
+}
+
+// said refuses a change that nobody wants to have asked for.
+func said(by, does string) error {
+	if by == "" {
+		return badRequest("by is missing: say who %s", does)
+	}
+	return plain("by", by)
 }
 
 // plain refuses what would not fit on a line of a log or a table.

@@ -51,12 +51,12 @@ func (f *fake) ConfirmDead(ctx context.Context, host string, d ownership.Death) 
 	return d, f.do(ctx, "confirm-dead %s", host)
 }
 
-func (f *fake) Reinstate(ctx context.Context, name string) error {
-	return f.do(ctx, "reinstate %s", name)
+func (f *fake) Reinstate(ctx context.Context, name, by string) error {
+	return f.do(ctx, "reinstate %s by %s", name, by)
 }
 
-func (f *fake) AcceptRestore(ctx context.Context) (int64, error) {
-	return 3, f.do(ctx, "accept-restore")
+func (f *fake) AcceptRestore(ctx context.Context, by string) (int64, error) {
+	return 3, f.do(ctx, "accept-restore by %s", by)
 }
 
 func (f *fake) List(context.Context) ([]ownership.View, error) { return f.views, f.listErr }
@@ -165,12 +165,12 @@ func TestRepairs(t *testing.T) {
 	f := &fake{}
 	for _, test := range []struct{ path, body, want, call, logged string }{
 		{
-			"/v1/volumes/db/reinstate", "", `{"volume":"db"}`, "reinstate db",
-			`level=info msg="done as an operator asked" op=reinstate volume=db`,
+			"/v1/volumes/db/reinstate", `{"by":"anna@b"}`, `{"volume":"db"}`, "reinstate db by anna@b",
+			`level=info msg="done as an operator asked" by=anna@b op=reinstate volume=db`,
 		},
 		{
-			"/v1/cluster/accept-restore", `{"typed":"restored"}`, `{"generation":3}`, "accept-restore",
-			`level=info msg="done as an operator asked" generation=3 op=accept-restore`,
+			"/v1/cluster/accept-restore", `{"by":"anna@b","typed":"restored"}`, `{"generation":3}`, "accept-restore by anna@b",
+			`level=info msg="done as an operator asked" by=anna@b generation=3 op=accept-restore`,
 		},
 	} {
 		f.calls = nil
@@ -203,10 +203,10 @@ func TestFailures(t *testing.T) {
 		{"/v1/nodes/n1/confirm-dead", `{"by":"anna@b"}`, live, 409, "host a answers (its lease in etcd is valid), so it is not dead: " +
 			"stop the containers there, and other hosts can mount their volumes; to force it nevertheless: docker flocker node confirm-dead n1 --force"},
 		{confirm, `{"by":"anna@b"}`, errors.New("the value of host a is broken"), 500, "the value of host a is broken"},
-		{reinstate, "", fmt.Errorf("volume db: %w", ownership.ErrNotFound), 404, "volume db: no such volume"},
-		{reinstate, "", fmt.Errorf("volume db: %w", ownership.ErrConflict), 409, "volume db: changed by another node"},
-		{reinstate, "", errAway, 503, unavailable},
-		{accept, `{"typed":"restored"}`, errAway, 503, unavailable},
+		{reinstate, `{"by":"anna@b"}`, fmt.Errorf("volume db: %w", ownership.ErrNotFound), 404, "volume db: no such volume"},
+		{reinstate, `{"by":"anna@b"}`, fmt.Errorf("volume db: %w", ownership.ErrConflict), 409, "volume db: changed by another node"},
+		{reinstate, `{"by":"anna@b"}`, errAway, 503, unavailable},
+		{accept, `{"by":"anna@b","typed":"restored"}`, errAway, 503, unavailable},
 	} {
 		f := &fake{nodes: known(), err: test.err}
 		status, got, logged := ask(t, f, "POST", test.path, test.body)
@@ -227,7 +227,7 @@ func TestFailures(t *testing.T) {
 
 // Requests that are wrong by themselves never reach the driver.
 func TestRefused(t *testing.T) {
-	const confirm, accept = "/v1/nodes/a/confirm-dead", "/v1/cluster/accept-restore"
+	const confirm, reinstate, accept = "/v1/nodes/a/confirm-dead", "/v1/volumes/db/reinstate", "/v1/cluster/accept-restore"
 	long := strings.Repeat("x", 1001)
 	for _, test := range []struct {
 		method, path, body string
@@ -249,6 +249,10 @@ func TestRefused(t *testing.T) {
 		{"POST", confirm, `{"by":"` + strings.Repeat("x", 64<<10) + `"}`, 413, "the request's body is larger than 64 KiB"},
 		{"POST", accept, `{}`, 400, `to accept what was restored, the word "restored" has to be typed, and "" is not it: docker flocker cluster accept-restore --confirm restored`},
 		{"POST", accept, `{"typed":"yes"}`, 400, `to accept what was restored, the word "restored" has to be typed, and "yes" is not it: docker flocker cluster accept-restore --confirm restored`},
+		{"POST", accept, `{"typed":"restored"}`, 400, "by is missing: say who accepts what was restored"},
+		{"POST", accept, `{"typed":"restored","by":"a\nb"}`, 400, "by has line breaks or other control characters: leave them out"},
+		{"POST", reinstate, `{}`, 400, "by is missing: say who reinstates the volume"},
+		{"POST", reinstate, "", 400, "the request's body is not what it should be: EOF"},
 		{"GET", confirm, `{"by":"anna@b"}`, 404, "there is no request GET /v1/nodes/a/confirm-dead: is docker-flocker newer than the plugin?"},
 		{"POST", "/v2/nodes", "", 404, "there is no request POST /v2/nodes: is docker-flocker newer than the plugin?"},
 		{"GET", "/", "", 404, "there is no request GET /: is docker-flocker newer than the plugin?"},
@@ -269,7 +273,7 @@ func TestRefused(t *testing.T) {
 func TestDeadline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		start := time.Now()
-		status, got, _ := ask(t, &fake{wait: true}, "POST", "/v1/volumes/db/reinstate", "")
+		status, got, _ := ask(t, &fake{wait: true}, "POST", "/v1/volumes/db/reinstate", `{"by":"anna@b"}`)
 		if want := `{"error":"ownership cannot be checked: not done within 20s"}`; status != 503 || got != want {
 			t.Errorf("got %d %s, want 503 %s", status, got, want)
 		}

@@ -257,7 +257,7 @@ func TestLastWritesLostAfterReinstate(t *testing.T) {
 		a.docker.set("db", "web")
 		a.kernel.SetNoted(c.device("db"), "ext4 has counted 3 errors")
 		c.settle(time.Minute)
-		if err := b.Reinstate(t.Context(), "db"); err != nil {
+		if err := b.Reinstate(t.Context(), "db", "ann@ops"); err != nil {
 			t.Fatal(err)
 		}
 		c.settle(time.Minute)

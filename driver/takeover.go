@@ -527,7 +527,7 @@ func (e *NotQuarantinedError) Error() string {
 func (e *NotQuarantinedError) Is(target error) bool { return target == ownership.ErrConflict }
 
 // Reinstate takes a volume out of quarantine. *NotQuarantinedError if it is in none.
-func (d *Driver) Reinstate(ctx context.Context, name string) error {
+func (d *Driver) Reinstate(ctx context.Context, name, by string) error {
 	view, err := d.cfg.Map.Lookup(ctx, name)
 	if err != nil {
 		return d.explain(name, err)
@@ -535,7 +535,7 @@ func (d *Driver) Reinstate(ctx context.Context, name string) error {
 	if view.Volume.Phase != ownership.PhaseQuarantined {
 		return &NotQuarantinedError{view.Volume}
 	}
-	vol, err := d.cfg.Map.Reinstate(ctx, view.Volume.ID)
+	vol, err := d.cfg.Map.Reinstate(ctx, view.Volume.ID, by)
 	if err != nil {
 		return err
 	}
@@ -545,6 +545,6 @@ func (d *Driver) Reinstate(ctx context.Context, name string) error {
 
 // AcceptRestore says that etcd was restored from a backup on purpose, with no
 // volume mounted anywhere.
-func (d *Driver) AcceptRestore(ctx context.Context) (gen int64, err error) {
-	return d.cfg.Map.AcceptRestore(ctx)
+func (d *Driver) AcceptRestore(ctx context.Context, by string) (gen int64, err error) {
+	return d.cfg.Map.AcceptRestore(ctx, by)
 }

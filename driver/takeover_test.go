@@ -621,11 +621,11 @@ func TestQuarantine(t *testing.T) {
 		_, err = b.Mount(t.Context(), "db", "id3")
 		wantError(t, err, "volume db is quarantined: ", "docker flocker volume reinstate db")
 
-		if err := b.Reinstate(t.Context(), "db"); err != nil {
+		if err := b.Reinstate(t.Context(), "db", "ann@ops"); err != nil {
 			t.Fatal(err)
 		}
 		b.mount("db", "id4")
-		err = b.Reinstate(t.Context(), "db")
+		err = b.Reinstate(t.Context(), "db", "ann@ops")
 		wantError(t, err, "volume db is not quarantined (it is ready), so nothing was changed")
 		if !errors.Is(err, ownership.ErrConflict) {
 			t.Errorf("%v is no ErrConflict, as which it is the operator's mistake", err)

@@ -204,7 +204,7 @@ func (c *cli) reinstate() *cobra.Command {
 		Example: c.example("volume reinstate db"),
 		Args:    one("NAME"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			done, err := c.client().Reinstate(cmd.Context(), args[0])
+			done, err := c.client().Reinstate(cmd.Context(), args[0], api.Reinstatement{By: c.by})
 			if err != nil {
 				return &failure{err}
 			}
@@ -235,6 +235,7 @@ func (c *cli) acceptRestore() *cobra.Command {
 					return err
 				}
 			}
+			body.By = c.by
 			done, err := c.client().AcceptRestore(cmd.Context(), body)
 			if err != nil {
 				return &failure{err}

@@ -77,16 +77,16 @@ func (f *fake) ConfirmDead(_ context.Context, host string, d ownership.Death) (o
 	return d, f.do("confirm-dead " + host)
 }
 
-func (f *fake) Reinstate(_ context.Context, name string) error {
+func (f *fake) Reinstate(_ context.Context, name, by string) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.do("reinstate " + name)
+	return f.do("reinstate " + name + " by " + by)
 }
 
-func (f *fake) AcceptRestore(context.Context) (int64, error) {
+func (f *fake) AcceptRestore(_ context.Context, by string) (int64, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return 3, f.do("accept-restore")
+	return 3, f.do("accept-restore by " + by)
 }
 
 func (f *fake) List(context.Context) ([]ownership.View, error) {
@@ -248,9 +248,9 @@ func TestRepairs(t *testing.T) {
 		want        result
 		calls       string
 	}{
-		{"", "volume reinstate db", result{0, "volume db is out of quarantine and can be mounted again\n", ""}, "reinstate db"},
-		{"restored\n", "cluster accept-restore", result{0, accepted, question}, "accept-restore"},
-		{"", "cluster accept-restore --confirm restored", result{0, accepted, ""}, "accept-restore"},
+		{"", "volume reinstate db", result{0, "volume db is out of quarantine and can be mounted again\n", ""}, "reinstate db by anna@b"},
+		{"restored\n", "cluster accept-restore", result{0, accepted, question}, "accept-restore by anna@b"},
+		{"", "cluster accept-restore --confirm restored", result{0, accepted, ""}, "accept-restore by anna@b"},
 		{"y\n", "cluster accept-restore", result{1, "", question + "\"y\" is not \"restored\": nothing was changed\n"}, ""},
 		{"", "cluster accept-restore --confirm yes", result{1, "", "to accept what was restored, the word \"restored\" has to be typed, and \"yes\" is not it: " +
 			"docker flocker cluster accept-restore --confirm restored\n"}, ""},
@@ -267,7 +267,7 @@ func TestRepairs(t *testing.T) {
 	// A name is one part of the path, whatever is in it.
 	f.set(nil)
 	command(t, socket, "", "volume", "reinstate", "../x y?z/%2F")
-	if got, _ := f.seen(); got != "reinstate ../x y?z/%2F" {
+	if got, _ := f.seen(); got != "reinstate ../x y?z/%2F by anna@b" {
 		t.Errorf("driver saw %q", got)
 	}
 }

@@ -62,7 +62,13 @@ type Confirmed struct {
 	Volumes []string `json:"volumes"`
 }
 
-// Reinstated answers POST /v1/volumes/{name}/reinstate, which has no body.
+// Reinstatement is the body of POST /v1/volumes/{name}/reinstate.
+type Reinstatement struct {
+	// By is who says so: user@host.
+	By string `json:"by"`
+}
+
+// Reinstated answers a Reinstatement.
 type Reinstated struct {
 	Volume string `json:"volume"`
 }
@@ -72,6 +78,8 @@ const Restored = "restored"
 
 // Acceptance is the body of POST /v1/cluster/accept-restore.
 type Acceptance struct {
+	// By is who says so: user@host.
+	By string `json:"by"`
 	// Typed has to be Restored.
 	Typed string `json:"typed"`
 }

@@ -54,9 +54,9 @@ func (c *Client) ConfirmDead(ctx context.Context, host string, body Confirmation
 }
 
 // Reinstate takes a volume out of quarantine.
-func (c *Client) Reinstate(ctx context.Context, volume string) (Reinstated, error) {
+func (c *Client) Reinstate(ctx context.Context, volume string, body Reinstatement) (Reinstated, error) {
 	var answer Reinstated
-	err := c.do(ctx, http.MethodPost, "/v1/volumes/"+url.PathEscape(volume)+"/reinstate", nil, &answer)
+	err := c.do(ctx, http.MethodPost, "/v1/volumes/"+url.PathEscape(volume)+"/reinstate", body, &answer)
 	return answer, err
 }
 

@@ -166,7 +166,7 @@ func (m *Map) DeclareDead(ctx context.Context, host string, d Death) (Death, err
 		txn := Txn{
 			If: []Cmp{mod(m.node(d.Node), revision), mod(key, revisionOf(old))},
 			Then: append([]Op{put(key, encode(d))},
-				m.audit(auditLine{What: "declared dead", To: d.Node, Detail: d.String(), Op: newOp()})...),
+				m.audit(auditLine{What: "declared dead", To: d.Node, Detail: d.String(), By: d.By, Op: newOp()})...),
 		}
 		if !d.Forced {
 			txn.If = append(txn.If, none(live))

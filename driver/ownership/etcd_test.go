@@ -328,7 +328,7 @@ func TestEtcdAnswerLost(t *testing.T) {
 	lossy("seize", func() error { o, _, err = a.Seize(ctx, dead, ownership.GroundsSilent); return err })
 	lossy("settle", func() error { o, _, err = a.Settle(ctx, o, "seen"); return err })
 	lossy("quarantine", func() error { v, err = a.Quarantine(ctx, view.Volume, o.Token, "why"); return err })
-	lossy("reinstate", func() error { v, err = a.Reinstate(ctx, v.ID); return err })
+	lossy("reinstate", func() error { v, err = a.Reinstate(ctx, v.ID, "ann@ops"); return err })
 	if err := a.Release(ctx, v.ID, o.Token); err != nil {
 		t.Fatal(err)
 	}

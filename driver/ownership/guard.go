@@ -164,8 +164,8 @@ func (m *Map) foreign(found meta, known Seen) error {
 //
 // It works while this node refuses etcd, but not for another cluster, an etcd
 // without data, or one whose revision is below what this node has seen: tokens would
-// be given a second time.
-func (m *Map) AcceptRestore(ctx context.Context) (gen int64, err error) {
+// be given a second time. by is who says so.
+func (m *Map) AcceptRestore(ctx context.Context, by string) (gen int64, err error) {
 	known, key := m.Seen(), m.key("meta")
 	res, err := m.exchange(ctx, Txn{Then: []Op{get(key)}}, m.cfg.Timeout)
 	if err != nil {
@@ -186,14 +186,15 @@ func (m *Map) AcceptRestore(ctx context.Context) (gen int64, err error) {
 		return 0, fmt.Errorf("etcd is at revision %d and this host has seen %d, so nothing was changed: tokens that were given before would be given again; %s; then type this again",
 			res.Revision, known.Revision, restoreAgain(known.Revision))
 	}
-	next.Gen = max(next.Gen, known.Gen) + 1
+	now := time.Now().UTC()
+	next.Gen, next.By, next.At = max(next.Gen, known.Gen)+1, by, &now
 	m.mu.Lock()
 	m.bucket = bucket{} // its lease may not have been restored
 	m.mu.Unlock()
 	m.refreshBucket(ctx)
 	res, err = m.exchange(ctx, Txn{
 		If:   []Cmp{mod(key, kv.ModRevision)},
-		Then: append([]Op{put(key, encode(next))}, m.audit(auditLine{What: "accept restore", Token: next.Gen, Op: newOp()})...),
+		Then: append([]Op{put(key, encode(next))}, m.audit(auditLine{What: "accept restore", Token: next.Gen, By: by, Op: newOp()})...),
 		Else: []Op{get(key)},
 	}, 2*m.cfg.Timeout)
 	if err != nil {

@@ -147,7 +147,7 @@ func TestPutBackWhileRunning(t *testing.T) {
 		time.Sleep(10 * time.Second)
 		refused(m, caughtUp)
 
-		if gen, err := m.AcceptRestore(t.Context()); gen != 2 || err != nil {
+		if gen, err := m.AcceptRestore(t.Context(), "ann@ops"); gen != 2 || err != nil {
 			t.Fatalf("accepted as generation %d, %v", gen, err)
 		}
 		time.Sleep(5 * time.Second)

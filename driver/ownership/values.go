@@ -19,6 +19,9 @@ type meta struct {
 	// (gen, token) never goes back.
 	Gen    int64 `json:"gen"`
 	Schema int   `json:"schema"`
+	// By is who accepted this generation, and At when.
+	By string     `json:"by,omitempty"`
+	At *time.Time `json:"at,omitempty"`
 
 	revision int64
 }
@@ -45,6 +48,7 @@ type auditLine struct {
 	To     string    `json:"to,omitempty"`
 	Token  int64     `json:"token,omitempty"`
 	Detail string    `json:"detail,omitempty"`
+	By     string    `json:"by,omitempty"` // the operator who wanted it
 	Op     string    `json:"op"`
 }
 

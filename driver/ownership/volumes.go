@@ -429,8 +429,8 @@ func (m *Map) Quarantine(ctx context.Context, v Volume, token int64, reason stri
 	}
 }
 
-// Reinstate makes a quarantined volume ready again.
-func (m *Map) Reinstate(ctx context.Context, vid string) (Volume, error) {
+// Reinstate makes a quarantined volume ready again. by is who wants it.
+func (m *Map) Reinstate(ctx context.Context, vid, by string) (Volume, error) {
 	if !validID(vid) {
 		return Volume{}, noSuch(vid)
 	}
@@ -460,7 +460,7 @@ func (m *Map) Reinstate(ctx context.Context, vid string) (Volume, error) {
 		res, err = m.write(ctx, Txn{
 			If: []Cmp{mod(m.vol(vid), v.Revision)},
 			Then: append([]Op{put(m.vol(vid), encode(v))},
-				m.audit(auditLine{What: "reinstate", Volume: vid, Detail: "was quarantined: " + reason, Op: op})...),
+				m.audit(auditLine{What: "reinstate", Volume: vid, Detail: "was quarantined: " + reason, By: by, Op: op})...),
 			Else: []Op{get(m.vol(vid))},
 		})
 		if err != nil {

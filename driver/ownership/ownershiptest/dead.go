@@ -62,7 +62,7 @@ func declareDead(r *rig) {
 	if !reflect.DeepEqual(*died, want) || !reflect.DeepEqual(d, want) {
 		r.Errorf("died is %+v and was returned as %+v, want %+v", died, d, want)
 	}
-	if line := r.line("declared dead", ""); line["to"] != "a" || !strings.Contains(line["detail"].(string), "by root on host-b (its plug is out)") {
+	if line := r.line("declared dead", ""); line["to"] != "a" || line["by"] != "root on host-b" || !strings.Contains(line["detail"].(string), "by root on host-b (its plug is out)") {
 		r.Errorf("audit line is %v", line)
 	}
 	if d, err := b.Died(r.Context(), "a", "boot-a-2"); d != nil || err != nil {

@@ -2,6 +2,7 @@ package ownershiptest
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"maps"
 	"slices"
@@ -68,7 +69,7 @@ func unsafe(r *rig) {
 		"Update":      func() error { _, err := a.Update(ctx, free); return err },
 		"Formatted":   func() error { _, err := a.Formatted(ctx, owned.ID, o.Token, owned); return err },
 		"Quarantine":  func() error { _, err := a.Quarantine(ctx, owned, o.Token, "x"); return err },
-		"Reinstate":   func() error { _, err := a.Reinstate(ctx, quarantined.ID); return err },
+		"Reinstate":   func() error { _, err := a.Reinstate(ctx, quarantined.ID, "ann@ops"); return err },
 		"Delete":      func() error { _, err := a.Delete(ctx, free, 0); return err },
 		"Purge":       func() error { return a.Purge(ctx, tombstone) },
 		"Claim":       func() error { _, _, err := a.Claim(ctx, free.ID); return err },
@@ -117,7 +118,7 @@ func unsafe(r *rig) {
 	// The generation that it was at is not proof that all is as it was.
 	r.put(meta, "meta")
 	r.eventually("the refusal", func() bool { return contains(a.Unsafe(), "which has gone on since") })
-	_, err = a.AcceptRestore(ctx)
+	_, err = a.AcceptRestore(ctx, "ann@ops")
 	r.ok(err)
 	r.eventually("registering again", func() bool { return a.Live() == nil })
 	r.ok(a.Unsafe())
@@ -157,7 +158,7 @@ func acceptRestore(r *rig) {
 	e := refused("e", far, fmt.Sprintf(" and was at %d before: it has been put back to an older state; restore a newer backup; "+
 		"or, if there is none, stop every container that uses a volume, %s: docker flocker cluster accept-restore", far.Revision, again))
 	before := r.state()
-	_, err := e.AcceptRestore(r.Context())
+	_, err := e.AcceptRestore(r.Context(), "ann@ops")
 	r.says(err, fmt.Sprintf(" and this host has seen %d, so nothing was changed: tokens that were given before would be given again; %s this again", far.Revision, again))
 	if after := r.state(); after != before {
 		r.Fatalf("etcd had\n%sand has\n%s", before, after)
@@ -166,12 +167,17 @@ func acceptRestore(r *rig) {
 	seen.Older = true // its revision has gone on since
 	a, b := refused("a", seen, "which has gone on since"), refused("b", seen, "which has gone on since")
 	healthy := r.node("c")
-	gen, err := a.AcceptRestore(r.Context())
+	gen, err := a.AcceptRestore(r.Context(), "ann@ops")
 	r.ok(err)
 	if gen != 2 {
 		r.Errorf("generation is %d, want 2", gen)
 	}
 	accepted := r.keys("meta")[0].ModRevision
+	var meta map[string]any
+	r.ok(json.Unmarshal(r.keys("meta")[0].Value, &meta))
+	if at, err := time.Parse(time.RFC3339, fmt.Sprint(meta["at"])); meta["by"] != "ann@ops" || err != nil || time.Since(at) > time.Minute {
+		r.Errorf("generation 2 is recorded as %v", meta)
+	}
 	for _, n := range []*node{a, b} {
 		n.registered()
 		r.ok(n.Unsafe())
@@ -182,7 +188,9 @@ func acceptRestore(r *rig) {
 	}
 	o := b.claim(v.ID)
 	r.ok(b.Release(r.Context(), v.ID, o.Token))
-	r.line("accept restore", "")
+	if line := r.line("accept restore", ""); line["by"] != "ann@ops" {
+		r.Errorf("audit line is %v", line)
+	}
 	// That others have accepted it makes it no better for who has seen more.
 	accepting := fmt.Sprintf("an etcd that was put back to an older state was accepted at revision %d, and this host has seen ", accepted)
 	r.eventually("the refusal", func() bool {
@@ -198,7 +206,7 @@ func acceptRestore(r *rig) {
 		r.eventually("its registration", func() bool { return healthy.Live() == nil })
 		healthy.once(fault)
 		gen++
-		got, err := healthy.AcceptRestore(r.Context())
+		got, err := healthy.AcceptRestore(r.Context(), "ann@ops")
 		r.ok(err)
 		if got != gen {
 			r.Errorf("%s: generation is %d, want %d", name, got, gen)
@@ -208,7 +216,7 @@ func acceptRestore(r *rig) {
 	more := b.Seen()
 	more.Gen = 40
 	d := refused("d", more, "was at 40 before")
-	gen, err = d.AcceptRestore(r.Context())
+	gen, err = d.AcceptRestore(r.Context(), "ann@ops")
 	r.ok(err)
 	if gen != 41 {
 		r.Errorf("generation is %d, want 41", gen)
@@ -221,25 +229,25 @@ func acceptRestoreRefused(r *rig) {
 	seen := ownership.Seen{Cluster: "mine", Gen: 3, Revision: 1}
 	n := r.join(identity("a"), ownership.Config{Seen: seen})
 	r.eventually("the refusal", func() bool { return n.Unsafe() != nil })
-	_, err := n.AcceptRestore(r.Context())
+	_, err := n.AcceptRestore(r.Context(), "ann@ops")
 	r.says(err, "so there is nothing to accept: restore etcd's data from a backup first")
 	if got := r.keys(""); len(got) != 0 {
 		r.Errorf("there is %s", got[0].Key)
 	}
 	r.put(`{"cluster":"other","gen":1,"schema":1}`, "meta")
-	_, err = n.AcceptRestore(r.Context())
+	_, err = n.AcceptRestore(r.Context(), "ann@ops")
 	r.says(err, "etcd has cluster other under")
 	r.put(`{"cluster":"mine","gen":1,"schema":2}`, "meta")
-	_, err = n.AcceptRestore(r.Context())
+	_, err = n.AcceptRestore(r.Context(), "ann@ops")
 	r.says(err, "schema 2 is newer")
 	ctx, cancel := context.WithTimeout(r.Context(), 100*time.Millisecond)
 	defer cancel()
 	n.bad.Partition(true)
-	_, err = n.AcceptRestore(ctx)
+	_, err = n.AcceptRestore(ctx, "ann@ops")
 	r.is(err, ownership.ErrUnavailable)
 	n.bad.Partition(false)
 	r.put(`{"cluster":"mine","gen":1,"schema":1}`, "meta")
-	gen, err := n.AcceptRestore(r.Context())
+	gen, err := n.AcceptRestore(r.Context(), "ann@ops")
 	r.ok(err)
 	if gen != 4 {
 		r.Errorf("generation is %d, want 4", gen)
@@ -249,13 +257,13 @@ func acceptRestoreRefused(r *rig) {
 	// Others have accepted, before this node knows of it and while it does the same.
 	n.stop()
 	r.put(`{"cluster":"mine","gen":9,"schema":1}`, "meta")
-	gen, err = n.AcceptRestore(r.Context())
+	gen, err = n.AcceptRestore(r.Context(), "ann@ops")
 	r.ok(err)
 	if gen != 10 {
 		r.Errorf("generation is %d, want 10", gen)
 	}
 	n.meanwhile(func() { r.put(`{"cluster":"mine","gen":41,"schema":1}`, "meta") })
-	gen, err = n.AcceptRestore(r.Context())
+	gen, err = n.AcceptRestore(r.Context(), "ann@ops")
 	r.ok(err)
 	if meta := string(r.keys("meta")[0].Value); gen != 41 || meta != `{"cluster":"mine","gen":41,"schema":1}` {
 		r.Errorf("generation is %d and in etcd %s, want 41", gen, meta)

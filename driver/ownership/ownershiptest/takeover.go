@@ -467,7 +467,7 @@ func quarantine(r *rig) {
 	for name, fault := range ambiguous {
 		v := a.volume(name)
 		o := a.claim(v.ID)
-		_, err := a.Reinstate(r.Context(), v.ID)
+		_, err := a.Reinstate(r.Context(), v.ID, "ann@ops")
 		r.says(err, "volume "+name+" is not quarantined (it is ready), so nothing was changed")
 		for _, token := range []int64{0, o.Token - 1, o.Token + 1} {
 			_, err := a.Quarantine(r.Context(), v, token, "x")
@@ -496,7 +496,7 @@ func quarantine(r *rig) {
 		r.is(err, ownership.ErrLost)
 
 		b.once(fault)
-		back, err := b.Reinstate(r.Context(), v.ID)
+		back, err := b.Reinstate(r.Context(), v.ID, "ann@ops")
 		r.ok(err)
 		if back.Phase != ownership.PhaseReady || back.Reason != "" || back.Ref != v.Ref || back.Labels["by"] != "b" || back.Revision <= q.Revision {
 			r.Errorf("%s: reinstated as %+v", name, back)
@@ -504,11 +504,13 @@ func quarantine(r *rig) {
 		if line := r.line("quarantine", v.ID); line["detail"] != "its filesystem is damaged" || line["token"] != float64(o.Token) {
 			r.Errorf("audit line is %v", line)
 		}
-		r.line("reinstate", v.ID)
+		if line := r.line("reinstate", v.ID); line["by"] != "ann@ops" {
+			r.Errorf("audit line is %v", line)
+		}
 		b.claim(v.ID)
 	}
-	_, err := a.Reinstate(r.Context(), "nix")
+	_, err := a.Reinstate(r.Context(), "nix", "ann@ops")
 	r.is(err, ownership.ErrNotFound)
-	_, err = a.Reinstate(r.Context(), "")
+	_, err = a.Reinstate(r.Context(), "", "ann@ops")
 	r.is(err, ownership.ErrNotFound)
 }

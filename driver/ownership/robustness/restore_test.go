@@ -112,7 +112,7 @@ func TestRestore(t *testing.T) {
 		const want = "restore a newer backup; or, if there is none, stop every container that uses a volume, " + again + ": docker flocker cluster accept-restore"
 		notice(t, w, want)
 		for _, a := range w.agents {
-			_, err := a.now().AcceptRestore(ctx)
+			_, err := a.now().AcceptRestore(ctx, "ann@ops")
 			if err == nil || !strings.HasSuffix(err.Error(), "tokens that were given before would be given again; "+again+" this again") {
 				t.Errorf("node %s accepts tokens that may be given twice: %v", a.id, err)
 			}
@@ -158,7 +158,7 @@ func TestRestore(t *testing.T) {
 			t.Error("a new process finds nothing wrong")
 		}
 
-		if gen, err := b.now().AcceptRestore(ctx); gen != 2 || err != nil {
+		if gen, err := b.now().AcceptRestore(ctx, "ann@ops"); gen != 2 || err != nil {
 			t.Fatal(gen, err)
 		}
 		allLive()
@@ -188,7 +188,7 @@ func TestRestore(t *testing.T) {
 				t.Errorf("node %s got error %v", a.id, err)
 			}
 		}
-		if gen, err := b.now().AcceptRestore(ctx); err != nil {
+		if gen, err := b.now().AcceptRestore(ctx, "ann@ops"); err != nil {
 			t.Fatal(gen, err)
 		}
 		allLive()
