@@ -149,7 +149,7 @@ func (r *run) tabulate() {
 	for _, step := range []string{"create", "mount", "unmount", "remove"} {
 		r.latency("Docker's local driver, "+step, "local "+step, nil)
 	}
-	r.report.note("The floor is the bare system calls, and mkfs with the same arguments, by turns with ours. " +
+	r.report.note("The floor is the bare system calls, and mkfs with the same arguments but for the guard (multi-mount protection), by turns with ours. " +
 		"Docker's local driver is its code alone, called in its process, on a device that is attached already; " +
 		"ours goes through the socket, etcd and the loop device. Ratios and targets compare medians.")
 }
