@@ -393,3 +393,16 @@ func TestUptime(t *testing.T) {
 		t.Errorf("a process that was just started runs for %v, %v", up, err)
 	}
 }
+
+// Of few samples the 95th percentile is the longest, and not the shortest.
+func TestCell(t *testing.T) {
+	for want, n := range map[string]int{"": 0, "1: 1.0 / 1.0 / 1.0": 1, "2: 1.0 / 2.0 / 2.0": 2, "20: 10.0 / 19.0 / 20.0": 20, "100: 50.0 / 95.0 / 100.0": 100} {
+		var took []time.Duration
+		for range n {
+			took = append([]time.Duration{time.Duration(len(took)+1) * time.Second}, took...)
+		}
+		if got := cell(took); got != want {
+			t.Errorf("of 1 s to %d s: %q, want %q", n, got, want)
+		}
+	}
+}

@@ -409,7 +409,7 @@ func cell(took []time.Duration) string {
 // percentiles are in seconds. There is at least one.
 func percentiles(took []time.Duration) (p50, p95, longest float64) {
 	slices.Sort(took)
-	at := func(percent int) float64 { return took[(len(took)-1)*percent/100].Seconds() }
+	at := func(percent int) float64 { return took[(len(took)*percent+99)/100-1].Seconds() }
 	return at(50), at(95), at(100)
 }
 
