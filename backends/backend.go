@@ -153,8 +153,10 @@ type Backend interface {
 	// attached. When Detach has returned nil, the device is gone.
 	Detach(ctx context.Context, att Attachment) error
 
-	// Attachments returns what is attached to this node now, from the kernel's or
-	// the storage system's own state, never from memory or files of the backend.
+	// Attachments returns what is attached to this node now, from the kernel's own
+	// state or that of a program on this node, never from memory or files of the
+	// backend. It is called every few minutes as long as the process runs, so it
+	// MUST NOT ask the storage system itself unless there is no other way.
 	Attachments(ctx context.Context) ([]Attachment, error)
 }
 

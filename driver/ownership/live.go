@@ -373,23 +373,23 @@ func (m *Map) look(ctx context.Context, lease int64) (over bool, err error) {
 	return false, nil
 }
 
-// refreshBucket gets a lease for this hour's audit lines, if it can.
+// refreshBucket gets a lease for the next audit lines if that is due, and it can.
 func (m *Map) refreshBucket(ctx context.Context) {
-	hour := time.Now().UTC().Format("2006010215")
 	m.mu.Lock()
-	old := m.bucket.hour
+	stale := m.bucket.stale(m.lines)
 	m.mu.Unlock()
-	if hour == old {
+	if !stale {
 		return
 	}
-	lease, _, err := m.grant(ctx, auditKept)
+	now := time.Now()
+	lease, _, err := m.grant(ctx, auditKept+24*time.Hour)
 	if err != nil {
 		m.log.WithError(err).Debug("no lease for audit lines")
 		return
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.bucket = bucket{hour: hour, lease: lease}
+	m.bucket = bucket{lease: lease, granted: now, lines: m.lines}
 }
 
 func (m *Map) grant(ctx context.Context, ttl time.Duration) (int64, time.Duration, error) {

@@ -107,14 +107,21 @@ type Map struct {
 	volumes atomic.Pointer[map[string]Volume]
 }
 
-// bucket is the lease of this hour's audit lines, or for a moment still of the
-// last one's.
+// bucket is the lease of the audit lines written within an hour, or within a day
+// while there are none: an idle node does not ask for one an hour.
 type bucket struct {
-	hour  string
-	lease int64
+	lease   int64
+	granted time.Time
+	lines   int // Map.lines at that time
 }
 
-// auditKept is how long audit lines are kept.
+// stale says that the next lines are to have a lease of their own.
+func (b bucket) stale(lines int) bool {
+	age := time.Since(b.granted)
+	return b.lease == 0 || age >= 24*time.Hour || age >= time.Hour && lines > b.lines
+}
+
+// auditKept is how long audit lines are kept at least; a day more at most.
 const auditKept = 7 * 24 * time.Hour
 
 // New makes a node's view over a store. Node needs ID, Host and Boot; it gets a
@@ -291,7 +298,7 @@ func (m *Map) audit(line auditLine) []Op {
 	m.lines++
 	line.At, line.Node = time.Now().UTC(), m.me.ID
 	n := fmt.Sprintf("%.8s-%06d", m.me.Session, m.lines)
-	return []Op{putOn(m.bucket.lease, m.key("ev", m.bucket.hour, m.me.ID, n), encode(line))}
+	return []Op{putOn(m.bucket.lease, m.key("ev", line.At.Format("2006010215"), m.me.ID, n), encode(line))}
 }
 
 // dropBucket forgets the lease of the audit lines, and removes them from txn.
