@@ -8,6 +8,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/flocker-plugin/flocker/backends"
@@ -434,26 +435,35 @@ func (d *Driver) killContainers(ctx context.Context, ds *dataset) ([]string, err
 func (d *Driver) GiveUp(ctx context.Context, death ownership.Death) error {
 	d.log.Errorf("this host was declared dead by %s at %s (%s): everything it has open is given up", death.By, death.At.Format(time.RFC3339), death.Evidence)
 	var open []string
-	lose := func(vid string, what func(context.Context, *dataset)) {
-		down, name := false, vid
-		d.locked(ctx, vid, func(ctx context.Context, ds *dataset) {
-			what(ctx, ds)
-			down, name = ds.idle(), cmp.Or(ds.vol.Name, vid)
-		})
-		if !down {
-			open = append(open, name)
+	lose := func(vids []string, what func(context.Context, *dataset)) {
+		var (
+			mu sync.Mutex
+			wg sync.WaitGroup
+		)
+		for _, vid := range vids { // side by side: each may write until its filesystem is shut down
+			wg.Go(func() {
+				down, name := false, vid
+				d.locked(ctx, vid, func(ctx context.Context, ds *dataset) {
+					what(ctx, ds)
+					down, name = ds.idle(), cmp.Or(ds.vol.Name, vid)
+				})
+				if !down {
+					mu.Lock()
+					defer mu.Unlock()
+					open = append(open, name)
+				}
+			})
 		}
+		wg.Wait()
 	}
 	d.mu.Lock()
 	all := slices.Collect(maps.Keys(d.datasets)) // also those of a Mount under way
 	d.mu.Unlock()
-	for _, vid := range all {
-		lose(vid, func(ctx context.Context, ds *dataset) {
-			if !ds.idle() {
-				d.lose(ctx, ds)
-			}
-		})
-	}
+	lose(all, func(ctx context.Context, ds *dataset) {
+		if !ds.idle() {
+			d.lose(ctx, ds)
+		}
+	})
 	// And what no journal tells of.
 	for name, backend := range d.cfg.Backends {
 		bounded, cancel := context.WithTimeout(ctx, time.Minute)
@@ -463,7 +473,7 @@ func (d *Driver) GiveUp(ctx context.Context, death ownership.Death) error {
 			return fmt.Errorf("list attachments of %s: %w", name, err)
 		}
 		for _, att := range attachments {
-			lose(att.Volume, func(ctx context.Context, ds *dataset) {
+			lose([]string{att.Volume}, func(ctx context.Context, ds *dataset) {
 				if ds.idle() {
 					ds.vol = d.knownByID(att.Volume)
 					d.loseForeign(ctx, ds, name, att)
@@ -472,7 +482,8 @@ func (d *Driver) GiveUp(ctx context.Context, death ownership.Death) error {
 		}
 	}
 	if len(open) > 0 {
-		return fmt.Errorf("this host was declared dead by %s, and still has open: %s", death.By, strings.Join(open, ", "))
+		slices.Sort(open)
+		return fmt.Errorf("this host was declared dead by %s, and still has open: %s", death.By, strings.Join(slices.Compact(open), ", "))
 	}
 	return nil
 }

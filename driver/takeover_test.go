@@ -371,6 +371,30 @@ func TestForcedHostIsWaitedFor(t *testing.T) {
 	})
 }
 
+// One filesystem that does not shut down keeps no other from being shut down.
+func TestForcedHostGivesUpSideBySide(t *testing.T) {
+	inCluster(t, twoNodes, func(cfg *driver.Config) { cfg.Hold = hold }, func(t *testing.T, c *cluster) {
+		a, b := c.nodes["a"], c.nodes["b"]
+		for _, name := range []string{"one", "two", "three"} {
+			a.create(name, nil)
+			a.mount(name, "id1")
+		}
+		a.mounter.SetDelay(func(call, _ string) time.Duration {
+			if call == mount.CallShutdown {
+				return 8 * time.Second
+			}
+			return 0
+		})
+		if _, err := b.ConfirmDead(t.Context(), "a", ownership.Death{By: "op", Evidence: "it hangs", Forced: true}); err != nil {
+			t.Fatal(err)
+		}
+		c.settle(15 * time.Second)
+		if m := a.kernel.Mounts(); len(m) > 0 {
+			t.Errorf("15s later it has mounted %v, want nothing", m)
+		}
+	})
+}
+
 // It cannot give up what it has: in the end the operator is believed.
 func TestForcedHostThatDoesNotGiveUp(t *testing.T) {
 	inCluster(t, twoNodes, func(cfg *driver.Config) { cfg.Hold = hold }, func(t *testing.T, c *cluster) {
