@@ -181,13 +181,17 @@ func (c *cli) confirmDead() *cobra.Command {
 func consequences(done api.Confirmed) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "host %s (boot %s) is recorded as dead. ", done.Death.Host, short(done.Death.Boot))
+	when := "now"
+	if done.Death.Forced {
+		when = "when it has given them up, or in half a minute if it does not say so"
+	}
 	switch {
 	case done.Volumes == nil:
-		b.WriteString("Its volumes can be mounted on other hosts now.")
+		b.WriteString("Its volumes can be mounted on other hosts " + when + ".")
 	case len(done.Volumes) == 0:
 		b.WriteString("It owns no volumes.")
 	default:
-		b.WriteString("Its volumes can be mounted on other hosts now: " + strings.Join(done.Volumes, ", ") + ".")
+		b.WriteString("Its volumes can be mounted on other hosts " + when + ": " + strings.Join(done.Volumes, ", ") + ".")
 	}
 	fmt.Fprintf(&b, "\nIf host %s is running after all, switch it off at once: until its plugin reaches etcd "+
 		"and closes what it has open, it may write to volumes that another host has mounted.", done.Death.Host)

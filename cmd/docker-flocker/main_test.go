@@ -196,6 +196,11 @@ func TestConfirmDead(t *testing.T) {
 	want(t, "confirm-dead of a host without volumes", command(t, socket, "", "node", "confirm-dead", "a"),
 		result{0, dead + "It owns no volumes." + ifNot, ""})
 
+	f.set(nil, "db")
+	want(t, "confirm-dead by force", command(t, socket, "", "node", "confirm-dead", "a", "--force", "--confirm", "a"), result{
+		0, dead + "Its volumes can be mounted on other hosts when it has given them up, or in half a minute if it does not say so: db." + ifNot, "",
+	})
+
 	f.set(&ownership.LiveError{Host: "a"})
 	want(t, "confirm-dead of a live host", command(t, socket, "", "node", "confirm-dead", "a"), result{
 		1, "",
