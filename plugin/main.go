@@ -86,7 +86,7 @@ func run() int {
 	defer end()
 	var work sync.WaitGroup
 	srv := newServer(s.MountDeadline, log, stderr)
-	work.Go(func() { start(background, s, srv, log) })
+	work.Go(func() { start(background, s, srv, stop, log) })
 	err = srv.serve(ctx, l)
 	end()
 	work.Wait()

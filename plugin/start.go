@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -19,8 +20,18 @@ import (
 	"github.com/flocker-plugin/flocker/driver/ownership"
 )
 
-// start makes the driver, gives it to the server, and runs it until ctx is done.
-func start(ctx context.Context, s settings, srv *server, log *logrus.Entry) {
+// start makes the driver, gives it to the server, and runs it until ctx is done. end
+// ends the process.
+func start(ctx context.Context, s settings, srv *server, end func(), log *logrus.Entry) {
+	managed := os.Getpid() == 1 // the first process of its namespace
+	shared := &sharedDriver{end: end, log: log, isCutOff: func() (bool, error) { return mount.IsCutOff(s.MountRoot) }}
+	if managed {
+		var watching sync.WaitGroup
+		defer watching.Wait()
+		watching.Go(func() {
+			shared.watch(ctx, func(ctx context.Context) bool { return listens(ctx, s.DockerSocket) })
+		})
+	}
 	node, err := persist(ctx, log, "node identity", func() (ownership.Node, error) {
 		return driver.LoadNode(s.StateDir, s.Hostname)
 	})
@@ -88,9 +99,14 @@ func start(ctx context.Context, s settings, srv *server, log *logrus.Entry) {
 	if err != nil {
 		return
 	}
-	srv.use(d)
 	var work sync.WaitGroup
 	defer work.Wait()
+	if managed {
+		shared.verbs = d
+		srv.use(shared)
+	} else {
+		srv.use(d)
+	}
 	log.WithFields(logrus.Fields{"node": node.ID, "etcd": strings.Join(endpoints, ",")}).Info("ready")
 	for name, loop := range map[string]func(context.Context) error{"ownership": owners.Run, "driver": d.Run} {
 		work.Go(func() {
