@@ -33,6 +33,9 @@ type dataset struct {
 	pending *ownership.Pending
 	// fault is why the takeover is not finished yet, for people.
 	fault string
+	// lingers is until when it stays although nothing refers to it, unless another
+	// node wants it.
+	lingers time.Time
 	// late is until when an earlier call to the storage may still take effect; zero
 	// if nothing of that is on disk.
 	late time.Time

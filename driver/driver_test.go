@@ -78,7 +78,7 @@ func TestRepeatedMountIsLocal(t *testing.T) {
 }
 
 func TestLinger(t *testing.T) {
-	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
+	inCluster(t, twoNodes, func(cfg *driver.Config) { cfg.Reconcile = time.Second }, func(t *testing.T, c *cluster) {
 		c.storage = backendtest.NewMemory(backends.Properties{})
 		for _, n := range c.nodes {
 			n.restart()

@@ -356,7 +356,9 @@ func backOff(attempts int, most time.Duration) time.Duration {
 // tidySoon schedules tidy for a volume nothing refers to.
 func (d *Driver) tidySoon(ds *dataset) {
 	if !ds.idle() && ds.refs.total() == 0 {
-		d.schedule(ds, d.linger(ds))
+		linger := d.linger(ds)
+		ds.lingers = time.Now().Add(linger)
+		d.schedule(ds, linger)
 	}
 }
 
@@ -449,6 +451,9 @@ func (d *Driver) recheck(ctx context.Context, vid string) {
 		d.lose(bounded, ds)
 	}
 	d.checkHealth(bounded, ds)
+	if ds.refs.total() == 0 && ds.lost == "" && ds.pending == nil && time.Now().Before(ds.lingers) {
+		return
+	}
 	d.tidy(bounded, ds)
 }
 
