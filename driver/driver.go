@@ -115,6 +115,7 @@ type Driver struct {
 	forced    map[int64]time.Time  // declarations of death by force, by revision: since when they are known
 	unlearned map[string]int       // volumes whose containers are not known yet: how often to ask Docker
 	silent    time.Time            // when etcd last failed to answer a Get
+	strays    time.Time            // until when an Attach nobody waits for may take effect
 }
 
 // New makes a Driver and takes up what an earlier process left on this host. It
@@ -144,6 +145,7 @@ func New(cfg Config) (*Driver, error) {
 		datasets: map[string]*dataset{}, known: map[string]ownership.Volume{},
 		waiting: map[string][]ownership.Request{}, answering: map[string]bool{}, suspects: map[string]time.Time{}, unlearned: map[string]int{},
 		forced: map[int64]time.Time{},
+		strays: time.Now().Add(strayTime), // of the process before
 	}
 	d.epoch.Store(epoch)
 	d.restore(ctx)

@@ -271,6 +271,7 @@ func (d *Driver) attach(ctx context.Context, ds *dataset, undo *undoStack) error
 			ds.att, ds.closed = &att, false
 			return nil
 		}
+		d.expectStray()
 		if !errors.Is(err, backends.ErrUnavailable) || time.Since(started) > backendPatience || !sleep(ctx, jitter(wait)) {
 			return err
 		}

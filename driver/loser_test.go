@@ -171,6 +171,39 @@ func TestLateAttachAfterTheTakerRestarted(t *testing.T) {
 	})
 }
 
+// An Attach that nobody waits for any more takes effect after its volume was given
+// back. The device is found and given up within two minutes, also by the next process.
+func TestLateAttachIsGivenUp(t *testing.T) {
+	for name, restart := range map[string]bool{"same process": false, "next process": true} {
+		t.Run(name, func(t *testing.T) {
+			inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
+				c.use(fenced)
+				a := c.nodes["a"]
+				a.create("db", nil)
+				c.storage.Inject(func(call backendtest.Call) (f backendtest.Fault) {
+					if call.Method == "Attach" {
+						f.Late = 40 * time.Second
+					}
+					return f
+				})
+				ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+				defer cancel()
+				if _, err := a.Mount(ctx, "db", "id1"); err == nil {
+					t.Fatal("it was mounted")
+				}
+				if restart {
+					a.restart()
+				}
+				c.settle(95 * time.Second) // the look at the whole map is not due yet
+				if n := c.storage.Calls()["Detach"]; n < 2 {
+					t.Errorf("detached %d times; the second time should be after the late attach", n)
+				}
+				c.wantNothing()
+			})
+		})
+	}
+}
+
 // A host that was restarted asks again; the owner, whose reads hang, answers what it
 // asked before. The volume is not taken from the restarted host as if it were not.
 func TestHandOverNamesThePresentBoot(t *testing.T) {

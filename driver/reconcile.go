@@ -408,7 +408,24 @@ func (d *Driver) reconcile(ctx context.Context) {
 		for _, vid := range d.suspected() {
 			d.locked(ctx, vid, d.giveBack)
 		}
+		d.mu.Lock()
+		strays := time.Now().Before(d.strays)
+		d.mu.Unlock()
+		if strays {
+			d.sweep(ctx, nil)
+		}
 	}
+}
+
+// strayTime is for how long after an Attach of unknown outcome its effect is looked
+// for in each round; later ones are found with the whole map.
+const strayTime = 2 * time.Minute
+
+// expectStray notes that an attachment may appear which nobody waits for.
+func (d *Driver) expectStray() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.strays = time.Now().Add(strayTime)
 }
 
 // suspected returns the volumes whose claim had an unknown outcome. Those that
