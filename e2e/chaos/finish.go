@@ -102,10 +102,14 @@ func (r *run) noContainers(ctx context.Context) error {
 	}
 }
 
+// freeWithin is how long a host may have what nothing uses: the plugin looks at
+// everything every five minutes.
+const freeWithin = 6 * time.Minute
+
 // allFree waits until no host has any volume. That takes a minute where an Unmount
 // was lost, and half a minute to notice.
 func (r *run) allFree(ctx context.Context) error {
-	limit := time.Now().Add(3 * time.Minute)
+	limit := time.Now().Add(freeWithin)
 	for {
 		owned, err := r.keys(ctx, "own/")
 		if err != nil {
@@ -130,7 +134,7 @@ func (r *run) allFree(ctx context.Context) error {
 				grants, err := r.store.Server().Call(ctx, teststore.OpGrants, teststore.Request{})
 				held = append(held, fmt.Sprintf("the test storage grants %+v %v", grants.Grants, err))
 			}
-			r.violate("leak", "", "nothing uses a volume, and 3 minutes later there are %d owners and %d loop devices:\n%s", len(owned), len(loops), strings.Join(held, "\n"))
+			r.violate("leak", "", "nothing uses a volume, and %v later there are %d owners and %d loop devices:\n%s", freeWithin, len(owned), len(loops), strings.Join(held, "\n"))
 			return nil
 		}
 		if err := sleep(ctx, time.Second); err != nil {
