@@ -1,0 +1,422 @@
+package ebs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/aws/ratelimit"
+	"github.com/aws/aws-sdk-go-v2/aws/retry"
+	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
+	"github.com/aws/aws-sdk-go-v2/config"
+	"github.com/aws/aws-sdk-go-v2/feature/ec2/imds"
+	"github.com/aws/aws-sdk-go-v2/service/ec2"
+	"github.com/aws/aws-sdk-go-v2/service/ec2/types"
+	"github.com/aws/smithy-go"
+	"github.com/aws/smithy-go/logging"
+	"golang.org/x/time/rate"
+
+	"github.com/flocker-plugin/flocker/backends"
+)
+
+// callTimeout bounds one try of one call.
+const callTimeout = 10 * time.Second
+
+// conn is EC2 as this instance sees it.
+type conn struct {
+	ec2                    *ec2.Client
+	region, zone, instance string
+}
+
+// connect finds out who and where this instance is, once.
+func (b *Backend) connect(ctx context.Context) (*conn, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, backends.Classify(backends.ErrUnavailable, err)
+	}
+	b.mu.Lock()
+	c := b.conn
+	b.mu.Unlock()
+	if c != nil {
+		return c, nil
+	}
+	load := []func(*config.LoadOptions) error{config.WithRegion(b.cfg.Region), config.WithLogger(logging.Nop{})}
+	if b.cfg.CredentialsFile != "" {
+		load = append(load, config.WithSharedCredentialsFiles([]string{b.cfg.CredentialsFile}), config.WithSharedConfigFiles(nil),
+			config.WithSharedConfigProfile(or(b.cfg.CredentialsProfile, "default")))
+	} else if b.cfg.CredentialsProfile != "" {
+		load = append(load, config.WithSharedConfigProfile(b.cfg.CredentialsProfile))
+	}
+	cfg, err := config.LoadDefaultConfig(ctx, load...)
+	if err != nil {
+		return nil, backends.Classify(backends.ErrUnavailable, fmt.Errorf("the AWS settings of this host cannot be read: %w", err))
+	}
+	c = &conn{region: or(b.cfg.Region, cfg.Region), zone: b.cfg.Zone, instance: b.cfg.InstanceID}
+	if c.zone == "" || c.instance == "" || c.region == "" {
+		if err := c.askInstance(ctx, cfg); err != nil {
+			return nil, err
+		}
+	}
+	cfg.Region = c.region
+	limiter := rate.NewLimiter(rate.Limit(b.cfg.CallsPerSecond), int(8*b.cfg.CallsPerSecond))
+	c.ec2 = ec2.NewFromConfig(cfg, func(o *ec2.Options) {
+		if b.cfg.Endpoint != "" {
+			o.BaseEndpoint = &b.cfg.Endpoint
+		}
+		o.HTTPClient = &limited{httpClient(), limiter}
+		o.Retryer = retry.NewAdaptiveMode(func(o *retry.AdaptiveModeOptions) {
+			o.StandardOptions = append(o.StandardOptions, func(o *retry.StandardOptions) {
+				o.MaxAttempts, o.MaxBackoff, o.RateLimiter = 8, b.pace.most, ratelimit.None
+			})
+		})
+	})
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.conn == nil {
+		b.conn = c
+	}
+	return b.conn, nil
+}
+
+// askInstance asks the instance's metadata service, by its second version only.
+func (c *conn) askInstance(ctx context.Context, cfg aws.Config) error {
+	bounded, cancel := context.WithTimeout(ctx, 4*time.Second)
+	defer cancel()
+	doc, err := imds.NewFromConfig(cfg, func(o *imds.Options) { o.EnableFallback = aws.FalseTernary }).
+		GetInstanceIdentityDocument(bounded, &imds.GetInstanceIdentityDocumentInput{})
+	if err != nil {
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		return backends.Classify(backends.ErrUnavailable, fmt.Errorf("the instance's metadata service does not say who this host is: %w; "+
+			"on a host that is no EC2 instance set region, zone and instance_id", err))
+	}
+	c.region, c.zone, c.instance = or(c.region, doc.Region), or(c.zone, doc.AvailabilityZone), or(c.instance, doc.InstanceID)
+	return nil
+}
+
+func or(a, b string) string {
+	if a != "" {
+		return a
+	}
+	return b
+}
+
+// httpClient leaves nothing behind in this host's kernel: what was not sent when a
+// call is given up never is.
+func httpClient() aws.HTTPClient {
+	return awshttp.NewBuildableClient().WithTimeout(callTimeout).WithTransportOptions(func(tr *http.Transport) {
+		dial := tr.DialContext
+		tr.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
+			conn, err := dial(ctx, network, addr)
+			if tcp, ok := conn.(*net.TCPConn); ok && err == nil {
+				err = tcp.SetLinger(0)
+			}
+			return conn, err
+		}
+	})
+}
+
+// limited keeps this host's calls within what EC2 grants, as being throttled costs
+// the whole account.
+type limited struct {
+	aws.HTTPClient
+	limiter *rate.Limiter
+}
+
+func (l *limited) Do(r *http.Request) (*http.Response, error) {
+	if err := l.limiter.Wait(r.Context()); err != nil {
+		if r.Context().Err() != nil {
+			return nil, context.Cause(r.Context())
+		}
+		return nil, fmt.Errorf("too many calls of this host are waiting (calls_per_second): %w", err)
+	}
+	return l.HTTPClient.Do(r)
+}
+
+// once is for calls that must not be repeated while an earlier one may still be on
+// its way: only what EC2 has refused for the rate of calls is sent again.
+func (b *Backend) once(o *ec2.Options) {
+	o.Retryer = retry.NewStandard(func(o *retry.StandardOptions) {
+		o.MaxAttempts, o.MaxBackoff, o.RateLimiter = 8, b.pace.most, ratelimit.None
+		o.Retryables = []retry.IsErrorRetryable{
+			retry.NoRetryCanceledError{}, retry.RetryableErrorCode{Codes: retry.DefaultThrottleErrorCodes},
+		}
+	})
+}
+
+// volume is a volume as EC2 shows it.
+type volume struct {
+	backends.Volume
+	id, zone string
+	state    types.VolumeState
+	multi    bool
+	attached []attached
+	tokens   map[string]holder // by instance: the youngest
+	tags     []attachTag
+}
+
+type attached struct {
+	instance, device string
+	state            types.VolumeAttachmentState
+}
+
+type holder struct {
+	node  string
+	token int64
+}
+
+type attachTag struct {
+	key, instance string
+	holder
+}
+
+func (c *conn) volume(v types.Volume) *volume {
+	is := &volume{id: aws.ToString(v.VolumeId), zone: aws.ToString(v.AvailabilityZone), state: v.State, tokens: map[string]holder{}}
+	is.Ref, is.Size, is.multi = c.region+"/"+is.id, int64(aws.ToInt32(v.Size))*gib, aws.ToBool(v.MultiAttachEnabled)
+	for _, t := range v.Tags {
+		value := aws.ToString(t.Value)
+		switch key := aws.ToString(t.Key); key {
+		case tagCluster:
+			is.Cluster = value
+		case tagDataset:
+			is.ID = value
+		case tagName:
+			is.Name = value
+		default:
+			rest, ok := strings.CutPrefix(key, tagAttached)
+			instance, number, _ := strings.Cut(rest, ":")
+			token, err := strconv.ParseInt(number, 10, 64)
+			if !ok || err != nil {
+				continue
+			}
+			is.tags = append(is.tags, attachTag{key, instance, holder{value, token}})
+			if have, ok := is.tokens[instance]; !ok || have.token < token {
+				is.tokens[instance] = holder{value, token}
+			}
+		}
+	}
+	for _, a := range v.Attachments {
+		if a.State != types.VolumeAttachmentStateDetached {
+			is.attached = append(is.attached, attached{aws.ToString(a.InstanceId), aws.ToString(a.Device), a.State})
+		}
+	}
+	return is
+}
+
+// gone says that a volume is there no more, although EC2 still shows it.
+func (v *volume) gone() bool {
+	return v.state == types.VolumeStateDeleting || v.state == types.VolumeStateDeleted
+}
+
+// on returns the attachment to an instance.
+func (v *volume) on(instance string) (attached, bool) {
+	for _, a := range v.attached {
+		if a.instance == instance {
+			return a, true
+		}
+	}
+	return attached{}, false
+}
+
+// attachedError says who has the volume.
+func (v *volume) attachedError(instance string) *backends.AttachedError {
+	h := v.tokens[instance]
+	return &backends.AttachedError{Volume: v.ID, Node: h.node, Token: h.token}
+}
+
+func tag(key, value string) types.Tag { return types.Tag{Key: &key, Value: &value} }
+
+func filter(name string, values ...string) types.Filter {
+	return types.Filter{Name: &name, Values: values}
+}
+
+// list returns all volumes that fit, or an error.
+func (b *Backend) list(ctx context.Context, c *conn, filters ...types.Filter) ([]*volume, error) {
+	var all []*volume
+	pages := ec2.NewDescribeVolumesPaginator(c.ec2, &ec2.DescribeVolumesInput{Filters: filters, MaxResults: aws.Int32(500)})
+	for pages.HasMorePages() {
+		page, err := pages.NextPage(ctx)
+		if err != nil {
+			return nil, c.explain(ctx, err, "DescribeVolumes")
+		}
+		for _, v := range page.Volumes {
+			all = append(all, c.volume(v))
+		}
+	}
+	return all, nil
+}
+
+// batch makes one call of the looks at volumes that come at the same time.
+type batch struct {
+	mu    sync.Mutex
+	next  *looks
+	slots chan struct{} // for calls: while they are taken, looks gather
+}
+
+type looks struct {
+	ids  map[string]bool
+	done chan struct{}
+	got  map[string]*volume
+	err  error
+
+	waiting int // guarded by batch.mu
+	cancel  context.CancelFunc
+}
+
+// mostValues is how many EC2 takes in a filter.
+const mostValues = 200
+
+// look returns a volume, or nil if EC2 does not show it.
+func (b *Backend) look(ctx context.Context, c *conn, id string) (*volume, error) {
+	b.batch.mu.Lock()
+	l := b.batch.next
+	if l == nil || len(l.ids) == mostValues {
+		bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+		l = &looks{ids: map[string]bool{}, done: make(chan struct{}), cancel: cancel}
+		b.batch.next = l
+		go b.ask(bounded, c, l)
+	}
+	l.ids[id] = true
+	l.waiting++
+	b.batch.mu.Unlock()
+	defer func() {
+		b.batch.mu.Lock()
+		defer b.batch.mu.Unlock()
+		if l.waiting--; l.waiting == 0 {
+			if b.batch.next == l {
+				b.batch.next = nil
+			}
+			l.cancel()
+		}
+	}()
+	select {
+	case <-l.done:
+		return l.got[id], l.err
+	case <-ctx.Done():
+		return nil, c.explain(ctx, context.Cause(ctx), "DescribeVolumes")
+	}
+}
+
+func (b *Backend) ask(ctx context.Context, c *conn, l *looks) {
+	defer close(l.done)
+	if l.err = sleep(ctx, b.pace.window); l.err != nil {
+		return
+	}
+	select {
+	case b.batch.slots <- struct{}{}:
+		defer func() { <-b.batch.slots }()
+	case <-ctx.Done():
+		l.err = backends.Classify(backends.ErrUnavailable, context.Cause(ctx))
+		return
+	}
+	b.batch.mu.Lock()
+	if b.batch.next == l {
+		b.batch.next = nil
+	}
+	var ids []string
+	for id := range l.ids {
+		ids = append(ids, id)
+	}
+	b.batch.mu.Unlock()
+	vols, err := b.list(ctx, c, filter("volume-id", ids...))
+	l.got, l.err = map[string]*volume{}, err
+	for _, v := range vols {
+		l.got[v.id] = v
+	}
+}
+
+// code returns EC2's code of an error; empty if it is none of EC2's.
+func code(err error) string {
+	if api, ok := errors.AsType[smithy.APIError](err); ok {
+		return api.ErrorCode()
+	}
+	return ""
+}
+
+func is(err error, codes ...string) bool { return err != nil && slices.Contains(codes, code(err)) }
+
+// unanswered says that a call may have been carried out, or may be yet: EC2 has not
+// said no.
+func unanswered(err error) bool {
+	if err == nil {
+		return false
+	}
+	if _, ok := retry.DefaultThrottleErrorCodes[code(err)]; ok {
+		return false
+	}
+	resp, ok := errors.AsType[*awshttp.ResponseError](err)
+	return !ok || resp.HTTPStatusCode() >= 500 || code(err) == ""
+}
+
+// advice is what to do about EC2's errors, and their class.
+var advice = map[string]struct {
+	class error
+	text  string
+}{
+	"AuthFailure":                          {backends.ErrUnavailable, "EC2 does not know these credentials: check credentials_file, or the role of this instance"},
+	"InvalidClientTokenId":                 {backends.ErrUnavailable, "EC2 does not know these credentials: check credentials_file, or the role of this instance"},
+	"UnrecognizedClientException":          {backends.ErrUnavailable, "EC2 does not know these credentials: check credentials_file, or the role of this instance"},
+	"SignatureDoesNotMatch":                {backends.ErrUnavailable, "the secret key is wrong, or this host's clock is"},
+	"RequestExpired":                       {backends.ErrUnavailable, "the credentials have expired, or this host's clock is wrong; credentials of the instance's role are renewed by themselves"},
+	"ExpiredToken":                         {backends.ErrUnavailable, "the session token has expired: renew credentials_file, or use the role of the instance, which renews itself"},
+	"OptInRequired":                        {backends.ErrUnavailable, "the account is not enabled for this region"},
+	"VolumeLimitExceeded":                  {backends.ErrUnavailable, "the account's quota of EBS volumes or of their size is used up: remove volumes, or ask AWS for more (Service Quotas, Amazon EBS)"},
+	"MaxIOPSLimitExceeded":                 {backends.ErrUnavailable, "the account's quota of provisioned IOPS is used up: use another profile, or ask AWS for more (Service Quotas, Amazon EBS)"},
+	"InsufficientVolumeCapacity":           {backends.ErrUnavailable, "the zone has no room for this type of volume: retry later, or use another volume_type"},
+	"VolumeTypeNotAvailableInZone":         {backends.ErrInvalid, "the zone does not have this volume_type: use another"},
+	"UnknownVolumeType":                    {backends.ErrInvalid, "use another volume_type"},
+	"InvalidParameterCombination":          {backends.ErrInvalid, "check volume_type, iops and throughput"},
+	"InvalidParameterValue":                {backends.ErrInvalid, "check volume_type, iops, throughput and the settings"},
+	"InvalidZone.NotFound":                 {backends.ErrInvalid, "check the settings zone and region"},
+	"InvalidVolume.ZoneMismatch":           {backends.ErrInvalid, "an EBS volume can only be attached in its own zone"},
+	"TagLimitExceeded":                     {backends.ErrUnavailable, "the volume has 50 tags: remove some"},
+	"RequestLimitExceeded":                 {backends.ErrUnavailable, "the account makes more calls than EC2 grants; it is retried"},
+	"Throttling":                           {backends.ErrUnavailable, "the account makes more calls than EC2 grants; it is retried"},
+	"Client.InvalidKmsKey.InvalidState":    {backends.ErrUnavailable, "enable the KMS key"},
+	"InvalidInstanceID.NotFound":           {backends.ErrUnavailable, "this host's instance_id is not in this region: check the settings"},
+	"InvalidVolume.NotFound":               {backends.ErrNotFound, "the volume was deleted"},
+	"OperationNotPermitted":                {backends.ErrUnavailable, "EC2 does not allow it for this instance; see its protection settings"},
+	"IncorrectInstanceState":               {backends.ErrUnavailable, "the instance is not running"},
+	"ConcurrentTagAccess":                  {backends.ErrUnavailable, "retry"},
+	"AttachmentLimitExceeded":              {backends.ErrUnavailable, "this instance has as many volumes as it can: stop containers here, or use a larger instance"},
+	"UnsupportedOperation":                 {backends.ErrInvalid, "EC2 cannot do that with this volume or instance"},
+	"InvalidVolume.NotEncryptedKmsMissing": {backends.ErrInvalid, "check kms_key_id"},
+}
+
+// explain says in words what EC2's answer, or its silence, means.
+func (c *conn) explain(ctx context.Context, err error, call string) error {
+	if err == nil {
+		return nil
+	}
+	if ctx.Err() != nil { // in one of many wordings
+		return backends.Classify(backends.ErrUnavailable, fmt.Errorf("EC2 in %s has not answered %s in time: %w", c.region, call, context.Cause(ctx)))
+	}
+	api, ok := errors.AsType[smithy.APIError](err)
+	if !ok {
+		text := "EC2 in %s does not answer %s: %w"
+		if strings.Contains(err.Error(), "credentials") {
+			text = "no AWS credentials for EC2 in %s (%s): give the instance a role, or set credentials_file: %w"
+		}
+		return backends.Classify(backends.ErrUnavailable, fmt.Errorf(text, c.region, call, err))
+	}
+	a, known := advice[api.ErrorCode()]
+	switch {
+	case api.ErrorCode() == "UnauthorizedOperation":
+		a.class, a.text = backends.ErrUnavailable, "allow ec2:"+call+" to the role or user of this host"
+	case !known:
+		a.class = backends.ErrUnavailable
+		a.text = "see the EC2 documentation of " + call
+		if resp, ok := errors.AsType[*awshttp.ResponseError](err); ok && resp.HTTPStatusCode() >= 500 {
+			a.text = "EC2 itself has failed; retry"
+		}
+	}
+	return backends.Classify(a.class, fmt.Errorf("%s: EC2 in %s says %s (%s); %s", call, c.region, api.ErrorCode(), strings.TrimSuffix(api.ErrorMessage(), "."), a.text))
+}

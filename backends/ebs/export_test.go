@@ -1,0 +1,38 @@
+package ebs
+
+import "time"
+
+// Fast makes a backend wait for milliseconds, and look for devices in other folders.
+func (b *Backend) Fast(sysfs, dev string, claimed func(path string) error, lag time.Duration) {
+	b.pace = pace{
+		first: 2 * time.Millisecond, most: 20 * time.Millisecond, lag: lag, window: 500 * time.Microsecond,
+		settle: 10 * time.Second, device: time.Second, grace: 2 * time.Second, force: 100 * time.Millisecond,
+	}
+	usual := newKernel()
+	b.kernel = kernel{sysfs: sysfs, dev: dev, claimed: claimed, node: usual.node}
+	if claimed == nil {
+		b.kernel.claimed = usual.claimed
+		return
+	}
+	b.kernel.node = func(path string) (string, error) { return b.kernel.attr(path[len(dev)+1:], "dev") }
+}
+
+// Usual makes a backend wait as long as it does in earnest.
+func (b *Backend) Usual() { b.pace = usual }
+
+// SetNode makes the number of every device node one of another device.
+func (b *Backend) SetNode(number string) {
+	b.kernel.node = func(string) (string, error) { return number, nil }
+}
+
+// Claimed is ErrInUse if a device of this machine is in use.
+var Claimed = claimed
+
+// Kind is what a volume of so many GiB is with a profile and options.
+func (c Config) Kind(profile string, options map[string]string, gib int64) (Profile, error) {
+	p, err := c.kind(profile, options)
+	if err != nil {
+		return p, err
+	}
+	return p.fit(gib)
+}
