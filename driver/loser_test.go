@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"runtime"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -202,6 +203,51 @@ func TestLateAttachIsGivenUp(t *testing.T) {
 			})
 		})
 	}
+}
+
+// halfway is a storage with an attachment that has no device, as one that failed in
+// the middle.
+type halfway struct {
+	backends.Backend
+
+	att atomic.Pointer[backends.Attachment]
+}
+
+func (h *halfway) Attachments(ctx context.Context) ([]backends.Attachment, error) {
+	all, err := h.Backend.Attachments(ctx)
+	if att := h.att.Load(); att != nil {
+		all = append(all, *att)
+	}
+	return all, err
+}
+
+func (h *halfway) Detach(ctx context.Context, att backends.Attachment) error {
+	if half := h.att.Load(); half != nil && att == *half {
+		h.att.Store(nil)
+		return nil
+	}
+	return h.Backend.Detach(ctx, att)
+}
+
+// It is detached, and nobody's containers are killed for it.
+func TestForeignAttachmentWithoutADevice(t *testing.T) {
+	var storage *halfway
+	inCluster(t, oneNode, func(cfg *driver.Config) {
+		storage = &halfway{Backend: cfg.Backends["memory"]}
+		cfg.Backends["memory"] = storage
+	}, func(t *testing.T, c *cluster) {
+		a := c.nodes["a"]
+		a.create("db", nil)
+		a.docker.set("db", "web")
+		storage.att.Store(&backends.Attachment{ID: "1", Ref: "ref", Volume: a.status("db")["id"].(string), Node: a.id.ID, Token: 1})
+		c.settle(2 * time.Minute)
+		if storage.att.Load() != nil {
+			t.Error("it is still attached")
+		}
+		if got := a.docker.killed(); len(got) > 0 {
+			t.Errorf("killed %v", got)
+		}
+	})
 }
 
 // A host that was restarted asks again; the owner, whose reads hang, answers what it

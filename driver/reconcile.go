@@ -243,8 +243,8 @@ func (d *Driver) loseForeign(ctx context.Context, ds *dataset, backend string, a
 		return
 	}
 	ds.vol.Backend, ds.token, ds.att, ds.closed = backend, att.Token, &att, false
-	ds.mounted = device == att.Device
-	if !ds.mounted && d.close(ctx, ds) == nil && d.detach(ctx, ds) == nil { // nobody used it
+	ds.mounted = device != "" && device == att.Device
+	if !ds.mounted && d.detach(ctx, ds) == nil { // nobody used it
 		d.log.WithField("volume", ds.vol.Name).Infof("detached %s, left from token %d", att.Device, att.Token)
 		d.disown(ds)
 		return
