@@ -84,10 +84,13 @@ func (d *Driver) grounds(ctx context.Context, held *ownership.HeldError, purpose
 		}
 		return "", d.deadOwner(held, "it may be in use there, so it was not removed: bring host "+owner.Host+" back; or "+way)
 	case canFence(backend):
-		if err := d.cfg.Map.Storm(); err != nil {
+		if err := d.awaitSilence(ctx, held); err != nil {
+			return "", err
+		}
+		if err := d.cfg.Map.Storm(); err != nil { // the others may have fallen silent a little later
 			return "", d.deadOwner(held, err.Error())
 		}
-		return ownership.GroundsSilent, d.awaitSilence(ctx, held)
+		return ownership.GroundsSilent, nil
 	}
 	rebooted, err := d.rebooted(ctx, owner)
 	if err != nil {

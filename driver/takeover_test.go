@@ -462,10 +462,13 @@ func TestManySilentHosts(t *testing.T) {
 		c.nodes["a"].mount("db", "id1")
 		c.nodes["a"].docker.set("db", "web")
 		c.settle(time.Minute) // the restart of the processes is not one
-		for _, name := range []string{"a", "b", "c", "d"} {
-			c.nodes[name].partition(true)
-		}
-		c.settle(20 * time.Second)
+		// The owner is the first, and a Mount waits for its end already.
+		c.nodes["a"].partition(true)
+		time.AfterFunc(2500*time.Millisecond, func() {
+			for _, name := range []string{"b", "c", "d"} {
+				c.nodes[name].partition(true)
+			}
+		})
 		_, err := e.Mount(t.Context(), "db", "id2")
 		wantError(t, err, "volume db is owned by host a, which has not been heard from", "4 of 5 hosts were no longer heard from within one minute",
 			"so nothing is taken over from them", "docker flocker node confirm-dead HOST")
