@@ -25,8 +25,8 @@ import (
 // can cut a host off is the test storage, of both classes; storage that cannot is
 // loopback.
 //
-// What happens when many hosts fall silent at once is not here: that takes more
-// than three of them. The tests of driver/ownership and driver have it.
+// When many hosts fall silent at once is TestPolicyManySilentHosts: that takes more
+// than three of them.
 func TestPolicy(t *testing.T) {
 	plugin, err := rig.TestStorePlugin()
 	if err != nil {
@@ -76,6 +76,39 @@ func TestPolicy(t *testing.T) {
 	p.wantClean(t)
 	p.wantIdle(t)
 	step("all is clean")
+}
+
+// TestPolicyManySilentHosts cuts four of five hosts off from etcd. Their containers go
+// on, and nothing is taken over from them, until an operator says that one is dead.
+func TestPolicyManySilentHosts(t *testing.T) {
+	plugin, err := rig.TestStorePlugin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &policy{cluster: newCluster(t, rig.Config{Hosts: 5, Plugin: plugin}, map[string]string{"FLOCKER_BACKEND": "teststore"})}
+	owner, last := p.Hosts[0], p.Hosts[4]
+	id := p.create(t, owner, "held", "teststore")
+	was := startRival(t, owner, "holder", "held")
+	for _, h := range p.Hosts[:4] {
+		if err := h.Cut(t.Context(), "etcd"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	refused(t, last, "4 of 5 hosts were no longer heard from within one minute, which is more likely the fault of etcd or of the network, "+
+		"so nothing is taken over from them: check both; if hosts are really off, type for each: docker flocker node confirm-dead HOST",
+		volumeRun("", "held", "--rm")...)
+	was.wantWriting(t)
+	last.Run(t, "flocker", "node", "confirm-dead", owner.Name, "--because", "the test says so")
+	is := takesOver(t, last, "heir", "held")
+	for _, h := range p.Hosts[:4] {
+		if err := h.Heal(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	was.wantStopped(t, id)
+	is.wantWriting(t)
+	wantHistory(t, last, "held", was, is)
+	removeRivals(t, was, is)
 }
 
 // mountDeadline is more than a takeover takes, and less than a test should.
