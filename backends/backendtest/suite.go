@@ -3,6 +3,7 @@ package backendtest
 import (
 	"context"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -55,6 +56,19 @@ type Config struct {
 	Many int
 	// Timeout bounds every call; 0 for 30 s.
 	Timeout time.Duration
+}
+
+// NeedRoot skips a test that needs root without it, or fails it if the environment
+// variable REQUIRE, a comma-separated list, has root.
+func NeedRoot(tb testing.TB) {
+	tb.Helper()
+	if os.Getuid() == 0 {
+		return
+	}
+	if slices.Contains(strings.Split(os.Getenv("REQUIRE"), ","), "root") {
+		tb.Fatal("needs root, and REQUIRE says that it is there")
+	}
+	tb.Skip("needs root")
 }
 
 // Run runs every case of the contract as a subtest.

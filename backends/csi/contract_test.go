@@ -7,8 +7,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
-	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -24,17 +22,6 @@ import (
 func TestMain(m *testing.M) {
 	csi.SetProcesses(false) // a machine may have very many
 	os.Exit(m.Run())
-}
-
-func needRoot(tb testing.TB) {
-	tb.Helper()
-	if os.Getuid() == 0 {
-		return
-	}
-	if slices.Contains(strings.Split(os.Getenv("REQUIRE"), ","), "root") {
-		tb.Fatal("needs root, and REQUIRE says that it is there")
-	}
-	tb.Skip("needs root")
 }
 
 // storage is a driver, and what a cluster of nodes that use it has.
@@ -163,7 +150,7 @@ var kinds = map[string]struct {
 }
 
 func TestContract(t *testing.T) {
-	needRoot(t)
+	backendtest.NeedRoot(t)
 	for name, kind := range kinds {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -191,7 +178,7 @@ var errWanted = errors.New("by wish of the test")
 // newVolume returns a storage with a volume.
 func newVolume(t *testing.T, opts csitest.Options, cfg csi.Config) (*storage, string, backends.Volume) {
 	t.Helper()
-	needRoot(t)
+	backendtest.NeedRoot(t)
 	s, cluster := newStorage(t, opts, cfg), uuid.NewString()
 	vol, err := s.node(cluster, "a").Create(t.Context(), request(cluster))
 	if err != nil {

@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/backends/backendtest"
 	"github.com/flocker-plugin/flocker/backends/csi"
 	"github.com/flocker-plugin/flocker/backends/csi/csitest"
 )
@@ -125,7 +126,7 @@ func move(t *testing.T, s *storage, vol backends.Volume) {
 }
 
 func TestKilledAtEveryStep(t *testing.T) {
-	needRoot(t)
+	backendtest.NeedRoot(t)
 	for name, kind := range kinds {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -217,7 +218,7 @@ func TestKilledCreateAndDelete(t *testing.T) {
 
 // Whoever takes a volume over is killed at every step, and another goes on.
 func TestTakerKilledAtEveryStep(t *testing.T) {
-	needRoot(t)
+	backendtest.NeedRoot(t)
 	s := newStorage(t, kinds["fences"].opts, csi.Config{Fences: true})
 	for n := 1; ; n++ {
 		a, b, c := s.node(cluster, "a"), s.node(cluster, "b"), s.node(cluster, "c")
@@ -282,7 +283,7 @@ func TestFenceUnseen(t *testing.T) {
 
 // The cluster's record is away, or loses replies, in the middle of everything.
 func TestCatalogAway(t *testing.T) {
-	needRoot(t)
+	backendtest.NeedRoot(t)
 	for _, op := range []string{"load", "store", "list", "load done", "store done", "list done"} {
 		for n := 1; ; n++ {
 			s := newStorage(t, kinds["fences"].opts, csi.Config{Fences: true})

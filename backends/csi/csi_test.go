@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/backends/backendtest"
 	"github.com/flocker-plugin/flocker/backends/csi"
 	"github.com/flocker-plugin/flocker/backends/csi/csitest"
 )
@@ -114,7 +115,7 @@ func TestUnfit(t *testing.T) {
 }
 
 func TestTwoSockets(t *testing.T) {
-	needRoot(t)
+	backendtest.NeedRoot(t)
 	s := newStorage(t, kinds["exclusive"].opts, csi.Config{})
 	controller, err := s.Node("controller")
 	if err != nil {
@@ -185,7 +186,7 @@ func TestProfiles(t *testing.T) {
 }
 
 func TestSecrets(t *testing.T) {
-	needRoot(t)
+	backendtest.NeedRoot(t)
 	dir := t.TempDir()
 	file := func(name, text string) string {
 		path := filepath.Join(dir, name)
@@ -247,7 +248,7 @@ func values(all map[string][]byte) (texts []string) {
 }
 
 func TestTopology(t *testing.T) {
-	needRoot(t)
+	backendtest.NeedRoot(t)
 	opts := kinds["fences"].opts
 	opts.Zones = map[string]string{"a": "east", "b": "west", "c": "east"}
 	s := newStorage(t, opts, csi.Config{Fences: true})
@@ -261,7 +262,7 @@ func TestTopology(t *testing.T) {
 }
 
 func TestTooManyVolumes(t *testing.T) {
-	needRoot(t)
+	backendtest.NeedRoot(t)
 	for _, untold := range []bool{false, true} {
 		opts := kinds["fences"].opts
 		opts.MaxVolumes, opts.Untold = 2, untold
@@ -523,7 +524,7 @@ func life(ctx context.Context, s *storage, cluster string) error {
 // Each call is unclear once or more often, in every way there is, and is asked again
 // until it is clear.
 func TestUnclearAnswers(t *testing.T) {
-	needRoot(t)
+	backendtest.NeedRoot(t)
 	faults := map[string]csitest.Fault{
 		"unavailable":                {Before: codes.Unavailable},
 		"aborted":                    {Before: codes.Aborted},
@@ -583,7 +584,7 @@ func TestUnclearAnswers(t *testing.T) {
 
 // Each call fails for good once. What was under way is found, and the next try succeeds.
 func TestDefiniteFailures(t *testing.T) {
-	needRoot(t)
+	backendtest.NeedRoot(t)
 	for _, fault := range []csitest.Fault{{Before: codes.Internal}, {After: codes.Internal}, {Before: codes.Unknown}} {
 		for _, method := range methods {
 			s := newStorage(t, kinds["fences"].opts, csi.Config{Fences: true})

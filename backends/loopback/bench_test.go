@@ -11,12 +11,13 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/backends/backendtest"
 	"github.com/flocker-plugin/flocker/backends/loopback"
 )
 
 // BenchmarkLoopback reports p50 and p99 of each call, for 1 and 16 callers.
 func BenchmarkLoopback(b *testing.B) {
-	needRoot(b)
+	backendtest.NeedRoot(b)
 	for _, callers := range []int{1, 16} {
 		b.Run(fmt.Sprintf("callers=%d", callers), func(b *testing.B) {
 			l := loopback.New(loopback.Config{Dir: b.TempDir(), Node: b.Name()})

@@ -21,19 +21,8 @@ import (
 	"github.com/flocker-plugin/flocker/backends/loopback"
 )
 
-func needRoot(tb testing.TB) {
-	tb.Helper()
-	if os.Getuid() == 0 {
-		return
-	}
-	if slices.Contains(strings.Split(os.Getenv("REQUIRE"), ","), "root") {
-		tb.Fatal("needs root, and REQUIRE says that it is there")
-	}
-	tb.Skip("needs root")
-}
-
 func TestContract(t *testing.T) {
-	needRoot(t)
+	backendtest.NeedRoot(t)
 	for name, preallocate := range map[string]bool{"sparse": false, "preallocated": true} {
 		t.Run(name, func(t *testing.T) {
 			cfg := backendtest.Config{New: func(t backendtest.T) backendtest.Storage {
@@ -59,7 +48,7 @@ type fixture struct {
 
 func newFixture(t *testing.T) fixture {
 	t.Helper()
-	needRoot(t)
+	backendtest.NeedRoot(t)
 	f := fixture{dir: t.TempDir()}
 	f.Loopback = f.node("a")
 	f.vol = f.create(t)

@@ -31,7 +31,7 @@ func TestHostpathPlugin(t *testing.T) {
 	if program == "" {
 		t.Skip("HOSTPATHPLUGIN is not set")
 	}
-	needRoot(t)
+	backendtest.NeedRoot(t)
 	dir, err := os.MkdirTemp("/tmp", "csi")
 	if err != nil {
 		t.Fatal(err)

@@ -6,8 +6,6 @@ package sanity
 import (
 	"os"
 	"path/filepath"
-	"slices"
-	"strings"
 	"testing"
 	"time"
 
@@ -15,24 +13,14 @@ import (
 	"github.com/onsi/ginkgo/v2"
 	"github.com/onsi/gomega"
 
+	"github.com/flocker-plugin/flocker/backends/backendtest"
 	"github.com/flocker-plugin/flocker/backends/csi/csitest"
 )
-
-func needRoot(tb testing.TB) {
-	tb.Helper()
-	if os.Getuid() == 0 {
-		return
-	}
-	if slices.Contains(strings.Split(os.Getenv("REQUIRE"), ","), "root") {
-		tb.Fatal("needs root, and REQUIRE says that it is there")
-	}
-	tb.Skip("needs root")
-}
 
 // TestSanity has csi-sanity judge the strict driver, in the shapes the backend's tests
 // use it in. Ginkgo runs one suite in a process, so each shape is a container of it.
 func TestSanity(t *testing.T) {
-	needRoot(t)
+	backendtest.NeedRoot(t)
 	for name, opts := range map[string]csitest.Options{
 		"fences":   {Publish: true, Cuts: true, Stage: true, Shown: true, GetVolume: true, ListVolumes: true, MaxVolumes: 20},
 		"unstaged": {Publish: true, Shown: true, ListVolumes: true, Mknod: true, Offline: true},
