@@ -623,6 +623,16 @@ func listen(ctx context.Context, path string) (net.Listener, error) {
 	return l, nil
 }
 
+// probe connects to a unix socket; nil if somebody listens on it.
+func probe(ctx context.Context, socket string) error {
+	conn, err := (&net.Dialer{Timeout: time.Second}).DialContext(ctx, "unix", socket)
+	if err != nil {
+		return err
+	}
+	_ = conn.Close()
+	return nil
+}
+
 // removeStale removes a socket file that nobody listens on.
 func removeStale(ctx context.Context, path string) error {
 	info, err := os.Lstat(path)
@@ -635,9 +645,8 @@ func removeStale(ctx context.Context, path string) error {
 	if info.Mode().Type() != fs.ModeSocket {
 		return fmt.Errorf("%s is there and is not a socket: remove it", path)
 	}
-	conn, err := (&net.Dialer{Timeout: time.Second}).DialContext(ctx, "unix", path)
+	err = probe(ctx, path)
 	if err == nil {
-		_ = conn.Close()
 		return fmt.Errorf("another process listens on %s: only one Flocker may run on a host", path)
 	}
 	if !errors.Is(err, syscall.ECONNREFUSED) {

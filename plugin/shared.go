@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
-	"net"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -66,14 +65,4 @@ func (d *sharedDriver) cutOff() bool {
 		d.log.WithField("err", err).Warn("not known whether containers see what is mounted")
 	}
 	return cut && err == nil
-}
-
-// listens says whether somebody accepts connections on a unix socket.
-func listens(ctx context.Context, socket string) bool {
-	conn, err := (&net.Dialer{Timeout: time.Second}).DialContext(ctx, "unix", socket)
-	if err != nil {
-		return false
-	}
-	_ = conn.Close()
-	return true
 }

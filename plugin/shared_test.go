@@ -77,7 +77,7 @@ func TestWatchOfTheSharedDirectory(t *testing.T) {
 
 func TestListens(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "docker.sock")
-	if listens(t.Context(), socket) {
+	if probe(t.Context(), socket) == nil {
 		t.Error("nobody listens, and there is no socket")
 	}
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket})
@@ -85,11 +85,11 @@ func TestListens(t *testing.T) {
 		t.Fatal(err)
 	}
 	l.SetUnlinkOnClose(false)
-	if !listens(t.Context(), socket) {
+	if probe(t.Context(), socket) != nil {
 		t.Error("somebody listens")
 	}
 	l.Close()
-	if listens(t.Context(), socket) {
+	if probe(t.Context(), socket) == nil {
 		t.Error("nobody listens any more")
 	}
 }

@@ -29,7 +29,7 @@ func start(ctx context.Context, s settings, srv *server, end func(), log *logrus
 		var watching sync.WaitGroup
 		defer watching.Wait()
 		watching.Go(func() {
-			shared.watch(ctx, func(ctx context.Context) bool { return listens(ctx, s.DockerSocket) })
+			shared.watch(ctx, func(ctx context.Context) bool { return probe(ctx, s.DockerSocket) == nil })
 		})
 	}
 	node, err := persist(ctx, log, "node identity", func() (ownership.Node, error) {
