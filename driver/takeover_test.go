@@ -876,6 +876,16 @@ func (c *cluster) again(method string, unanswered bool) {
 	})
 }
 
+// attachBefore attaches a volume under the token of an ownership that is over.
+func (n *node) attachBefore(name string) {
+	n.c.t.Helper()
+	vid := n.status(name)["id"].(string)
+	_, err := n.c.storage.Node(n.id.ID).Attach(n.c.t.Context(), backends.AttachRequest{Ref: "m-" + vid, Volume: vid, Token: 1})
+	if err != nil {
+		n.c.t.Fatal(err)
+	}
+}
+
 // That a call may come late is known also to a process that starts when the volume is
 // not this node's any more, and takes it back.
 func TestLateCallOutlivesTheOwnership(t *testing.T) {
@@ -918,11 +928,7 @@ func TestDetachOfALeftoverIsRemembered(t *testing.T) {
 		c.use(nameless)
 		a := c.nodes["a"]
 		a.create("db", nil)
-		vid := a.status("db")["id"].(string)
-		_, err := c.storage.Node(a.id.ID).Attach(t.Context(), backends.AttachRequest{Ref: "m-" + vid, Volume: vid, Token: 1})
-		if err != nil {
-			t.Fatal(err)
-		}
+		a.attachBefore("db")
 		c.again("Detach", false)
 		a.killedAt("Detach", true, func() { _, _ = a.Mount(context.Background(), "db", "id1") })
 		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
@@ -942,11 +948,7 @@ func TestDetachOfALeftoverIsWaitedFor(t *testing.T) {
 		c.use(nameless)
 		a := c.nodes["a"]
 		a.create("db", nil)
-		vid := a.status("db")["id"].(string)
-		_, err := c.storage.Node(a.id.ID).Attach(t.Context(), backends.AttachRequest{Ref: "m-" + vid, Volume: vid, Token: 1})
-		if err != nil {
-			t.Fatal(err)
-		}
+		a.attachBefore("db")
 		c.again("Detach", true)
 		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 		defer cancel()
@@ -968,11 +970,7 @@ func TestSecondFenceIsRemembered(t *testing.T) {
 		c.use(nameless)
 		a, b := c.nodes["a"], c.nodes["b"]
 		a.create("db", nil)
-		vid := a.status("db")["id"].(string)
-		_, err := c.storage.Node(a.id.ID).Attach(t.Context(), backends.AttachRequest{Ref: "m-" + vid, Volume: vid, Token: 1})
-		if err != nil {
-			t.Fatal(err)
-		}
+		a.attachBefore("db")
 		c.again("Fence", false)
 		b.killedAt("Fence", true, func() { _, _ = b.Mount(context.Background(), "db", "id1") })
 		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
