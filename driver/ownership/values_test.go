@@ -106,6 +106,17 @@ func FuzzMeta(f *testing.F) {
 	fuzz(f, "/p/v1/meta", decodeMeta, `{"cluster":"c","gen":1,"schema":1}`, `{"cluster":"c","schema":2}`)
 }
 
+func FuzzCatalog(f *testing.F) {
+	fuzz(f, "/p/v1/csi/san/v", func(kv KV) (entry, error) {
+		e, err := decodeEntry(kv)
+		if err == nil && (!json.Valid(e.Value) || string(e.Value) == "null") {
+			return e, errors.New("accepted a value that is none")
+		}
+		return e, err
+	}, `{"op":"o","value":{"name":"db","cluster":"c","asked":1,"holder":{"node":"a","identity":"i","token":3}}}`,
+		`{"op":"o"}`, `{"value":null}`, `{"value":"x"}`, `{"op":1,"value":{}}`)
+}
+
 // Values of an older version, and of a newer one, are understood; a damaged one
 // names its key.
 func TestOtherVersions(t *testing.T) {

@@ -115,6 +115,9 @@ func Run(t *testing.T, cfg Config) {
 		{"UnsafeBeforehand", unsafeBeforehand},
 		{"AcceptRestore", acceptRestore},
 		{"AcceptRestoreRefused", acceptRestoreRefused},
+		{"Catalog", catalog},
+		{"CatalogAmbiguous", catalogAmbiguous},
+		{"CatalogBroken", catalogBroken},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
