@@ -127,7 +127,11 @@ test-ebs: ## the EBS backend on an imitation of EC2, which boto3 judges (minutes
 
 .PHONY: test-e2e
 test-e2e: ## the tests with Docker hosts; RUN=TestName for some of them
-	$(GO) test -race -tags e2e -p 1 -count 1 -timeout 45m $(if $(RUN),-run '$(RUN)') ./e2e/...
+	@mkdir -p build
+	@# What failed once more at the end: the daemons' logs are long.
+	{ $(GO) test -race -tags e2e -p 1 -count 1 -timeout 45m $(if $(RUN),-run '$(RUN)') ./e2e/... || touch build/e2e.failed; } 2>&1 | tee build/e2e.log; \
+	if [ -e build/e2e.failed ]; then rm build/e2e.failed; echo; echo 'What failed:'; \
+		grep -aE -A3 '^ *(--- FAIL|panic|[a-z_]+_test\.go:[0-9]+:)' build/e2e.log | cut -c1-1000 | tail -60; exit 1; fi
 
 # The four layers of proof. The first three are in make test as well, shorter.
 .PHONY: model

@@ -46,7 +46,7 @@ func (c *cluster) testPluginKilled(t *testing.T, w *worker) {
 		t.Fatal(err)
 	}
 	w.wantWriting(t)
-	within(t, 10*time.Second, "Docker starts the plugin again", func() error {
+	within(t, 30*time.Second, "Docker starts the plugin again", func() error {
 		now, err := w.h.PluginPID()
 		if err == nil && now == before {
 			err = fmt.Errorf("it is process %d still", now)
@@ -250,7 +250,7 @@ func (w *worker) lines(t *testing.T) (int, error) {
 func (w *worker) wantWriting(t *testing.T) {
 	t.Helper()
 	first := -1
-	within(t, 20*time.Second, w.name+" writes", func() error {
+	within(t, 30*time.Second, w.name+" writes", func() error {
 		n, err := w.lines(t)
 		if err != nil {
 			return err

@@ -658,11 +658,14 @@ func testPluginSet(t *testing.T, c *cluster) {
 		t.Errorf("the log does not say what is wrong with the setting:\n%s", log[from:])
 	}
 	b.Run(t, "plugin", "set", "flocker", "FLOCKER_DEFAULT_SIZE=64M")
-	// After a plugin that ended at once, Docker may need a moment, or even start it
-	// by itself.
-	eventually(t, "the plugin is enabled", func() bool {
+	// After a plugin that ended at once, Docker may refuse for ten seconds and more,
+	// until its own clean-up of the process is through, or even start it by itself.
+	within(t, time.Minute, "the plugin is enabled", func() error {
 		_, err := b.Docker(t.Context(), "plugin", "enable", "--timeout", "0", "flocker")
-		return err == nil || strings.Contains(said(err), "is enabled")
+		if err != nil && strings.Contains(said(err), "is enabled") {
+			return nil
+		}
+		return err
 	})
 	b.Run(t, "volume", "ls")
 }

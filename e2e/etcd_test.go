@@ -25,7 +25,7 @@ func TestEtcdAway(t *testing.T) {
 		two.Run(t, "volume", "create", "-d", "flocker", "-o", "size=128M", "-o", "fs=btrfs", "--label", "keep=me", "known")
 		sh(t, two, "known", "echo before >/data/note")
 		two.Run(t, "volume", "ls") // so that it knows the others
-		within(t, 10*time.Second, "host1 knows the volume as well", func() error {
+		within(t, 30*time.Second, "host1 knows the volume as well", func() error {
 			one.Run(t, "volume", "ls")
 			_, err := one.Docker(ctx, "volume", "inspect", "known")
 			return err
@@ -121,7 +121,7 @@ func TestEtcdAway(t *testing.T) {
 		c.wantMoves(t, stopped, two, 30*time.Second)
 		w.wantInUse(t, two)
 		one.Run(t, "stop", w.name)
-		c.wantMoves(t, w, two, 10*time.Second)
+		c.wantMoves(t, w, two, 30*time.Second)
 		if got := sh(t, one, "known", "cat /data/note"); got != "before" {
 			t.Errorf("host1 reads %q", got)
 		}

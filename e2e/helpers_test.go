@@ -207,7 +207,7 @@ func (l callLog) of(t *testing.T, volume string) []pluginCall {
 func (l callLog) want(t *testing.T, volume, want string) []pluginCall {
 	t.Helper()
 	var got string
-	for range 50 {
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(100 * time.Millisecond) {
 		calls := l.of(t, volume)
 		ops := make([]string, len(calls))
 		for i, c := range calls {
@@ -218,10 +218,10 @@ func (l callLog) want(t *testing.T, volume, want string) []pluginCall {
 		if got = strings.Join(ops, " "); got == want {
 			return calls
 		}
-		time.Sleep(100 * time.Millisecond)
+		if time.Now().After(deadline) {
+			t.Fatalf("the plugin on %s was asked about volume %s: %q, want %q", l.h.Name, volume, got, want)
+		}
 	}
-	t.Fatalf("the plugin on %s was asked about volume %s: %q, want %q", l.h.Name, volume, got, want)
-	return nil
 }
 
 // etcdKeys returns the keys of Flocker below a folder: "own/", "req/", ….
@@ -318,12 +318,10 @@ func (c *cluster) leftovers(t *testing.T) []string {
 // wantClean waits until there are no leftovers.
 func (c *cluster) wantClean(t *testing.T) {
 	t.Helper()
-	var left []string
-	for range 20 {
-		if left = c.leftovers(t); len(left) == 0 {
-			return
+	within(t, 30*time.Second, "nothing is left over", func() error {
+		if left := c.leftovers(t); len(left) > 0 {
+			return fmt.Errorf("left over:\n%s", strings.Join(left, "\n"))
 		}
-		time.Sleep(250 * time.Millisecond)
-	}
-	t.Errorf("left over:\n%s", strings.Join(left, "\n"))
+		return nil
+	})
 }

@@ -71,14 +71,14 @@ func (c *cluster) testMoves(t *testing.T, moves int) {
 	c.Hosts[1].Run(t, "volume", "rm", "nomad")
 }
 
-var tookMount = regexp.MustCompile(`op=mount took=([0-9.]+ms) volume=(\w+)`)
+var tookMount = regexp.MustCompile(`op=mount took=([0-9.]+m?s) volume=(\w+)`)
 
 // mountsTook returns, from the plugins' logs, how long each of so many Mounts of a
 // volume took.
 func (c *cluster) mountsTook(t *testing.T, volume string, count int) []time.Duration {
 	t.Helper()
 	var took []time.Duration
-	within(t, 5*time.Second, "the Mounts are in the logs", func() error {
+	within(t, 30*time.Second, "the Mounts are in the logs", func() error {
 		took = nil
 		for _, h := range c.Hosts {
 			log, err := os.ReadFile(logFile(h))
@@ -104,7 +104,7 @@ func (c *cluster) mountsTook(t *testing.T, volume string, count int) []time.Dura
 func (c *cluster) testBusy(t *testing.T) {
 	one, two := c.Hosts[0], c.Hosts[1]
 	one.Run(t, volumeRun("web", "busy", "-d")...)
-	within(t, 10*time.Second, "the plugin knows the container", func() error {
+	within(t, 30*time.Second, "the plugin knows the container", func() error {
 		if got := status(t, one, "busy"); fmt.Sprint(got["containers"]) != "[web]" {
 			return fmt.Errorf("status %v", got)
 		}
@@ -156,7 +156,7 @@ func (c *cluster) testBusy(t *testing.T) {
 		t.Errorf("the one that waited got %q, %v", got.out, got.err)
 	}
 	one.Run(t, "rm", "web")
-	c.assertFree(t, 15*time.Second, "busy")
+	c.assertFree(t, 30*time.Second, "busy")
 	one.Run(t, "volume", "rm", "busy")
 }
 
@@ -173,7 +173,7 @@ func (c *cluster) testOwnerDies(t *testing.T, container, volume string) {
 		want = "; loopback cannot cut it off, so nothing was changed: make sure host host1 is switched off, " +
 			"then type: docker flocker node confirm-dead host1"
 	)
-	within(t, 20*time.Second, "the owner counts as dead", func() error {
+	within(t, 30*time.Second, "the owner counts as dead", func() error {
 		if got := status(t, two, volume); got["state"] != "owner not responding" || got["owner"] != "host1" {
 			return fmt.Errorf("status %v", got)
 		}
@@ -199,7 +199,7 @@ func (c *cluster) testOwnerDies(t *testing.T, container, volume string) {
 		t.Errorf("the first container reads %q", got)
 	}
 	one.Run(t, "rm", "-f", container)
-	c.assertFree(t, 15*time.Second, volume)
+	c.assertFree(t, 30*time.Second, volume)
 	one.Run(t, "volume", "rm", volume)
 }
 
@@ -351,7 +351,7 @@ func (c *cluster) assertFree(t *testing.T, limit time.Duration, volume string) {
 // reply in etcd, no loop device, mount, journal record or process of the plugin.
 func (c *cluster) wantIdle(t *testing.T) {
 	t.Helper()
-	within(t, 15*time.Second, "nothing is held", func() error {
+	within(t, 30*time.Second, "nothing is held", func() error {
 		if held := c.held(t); len(held) > 0 {
 			return fmt.Errorf("held:\n%s", strings.Join(held, "\n"))
 		}

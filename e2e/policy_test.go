@@ -203,7 +203,7 @@ func (r *rival) wantWriting(t *testing.T) {
 	t.Helper()
 	r.said(t)
 	first := r.wrote
-	within(t, 20*time.Second, r.name+" writes", func() error {
+	within(t, 30*time.Second, r.name+" writes", func() error {
 		if said := r.said(t); r.wrote < first+3 {
 			return fmt.Errorf("it says\n%s", said)
 		}
@@ -223,7 +223,7 @@ func (r *rival) wantStopped(t *testing.T, id string) {
 		}
 		return nil
 	})
-	within(t, 20*time.Second, "nothing of "+r.volume+" is mounted on "+r.h.Name, func() error {
+	within(t, 30*time.Second, "nothing of "+r.volume+" is mounted on "+r.h.Name, func() error {
 		mounts, err := r.h.Exec(t.Context(), "sh", "-c", `cat /proc/[0-9]*/mountinfo 2>/dev/null | grep -F "$0" || true`, id)
 		if err == nil && mounts != "" {
 			err = fmt.Errorf("mounted:\n%s", mounts)
@@ -240,7 +240,7 @@ func (r *rival) wantStopped(t *testing.T, id string) {
 // wantLogged waits until the plugin has logged something about a volume.
 func wantLogged(t *testing.T, h *rig.Host, volume, text string) {
 	t.Helper()
-	within(t, 10*time.Second, h.Name+" logs "+text+" about "+volume, func() error {
+	within(t, 30*time.Second, h.Name+" logs "+text+" about "+volume, func() error {
 		log, err := os.ReadFile(logFile(h))
 		if err != nil {
 			return err
@@ -257,7 +257,7 @@ func wantLogged(t *testing.T, h *rig.Host, volume, text string) {
 // wantState waits until docker volume inspect shows a state on a host.
 func wantState(t *testing.T, h *rig.Host, volume, state string) (all map[string]any) {
 	t.Helper()
-	within(t, 20*time.Second, "volume "+volume+" is "+state+", says "+h.Name, func() error {
+	within(t, 30*time.Second, "volume "+volume+" is "+state+", says "+h.Name, func() error {
 		if all = status(t, h, volume); all["state"] != state {
 			return fmt.Errorf("status %v", all)
 		}
@@ -471,7 +471,7 @@ func (p *policy) testNoEtcd(t *testing.T, owner *rig.Host, volume string) {
 	was.wantWriting(t)
 	is := takesOver(t, taker, "mainlander", volume)
 	wantLogged(t, taker, volume, "taken over from host "+owner.Name)
-	within(t, 10*time.Second, "the former owner's writes fail", func() error {
+	within(t, 30*time.Second, "the former owner's writes fail", func() error {
 		if said := was.said(t); !strings.Contains(said, "nput/output error") {
 			return fmt.Errorf("it says\n%s", said)
 		}

@@ -308,14 +308,12 @@ func stopwatch(t *testing.T) func(step string) {
 	}
 }
 
-// eventually waits for up to ten seconds until something is so.
+// eventually waits for up to half a minute until something is so.
 func eventually(t *testing.T, what string, so func() bool) {
 	t.Helper()
-	for range 100 {
-		if so() {
-			return
+	for deadline := time.Now().Add(30 * time.Second); !so(); time.Sleep(100 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("after 30 s it is not so that %s", what)
 		}
-		time.Sleep(100 * time.Millisecond)
 	}
-	t.Fatalf("after 10 s it is not so that %s", what)
 }

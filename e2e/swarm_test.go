@@ -44,7 +44,7 @@ func (c *cluster) testSwarmReadme(t *testing.T) {
 	if got := status(t, manager, "db"); got["size"] != "1GiB" || got["owner"] != task.h.Name {
 		t.Errorf("status %v, want 1GiB, owned by %s", got, task.h.Name)
 	}
-	within(t, 10*time.Second, "the service writes", func() error { return task.has(t, `^.+\n.+$`) })
+	within(t, 30*time.Second, "the service writes", func() error { return task.has(t, `^.+\n.+$`) })
 	before := task.sh(t, "cat /data/log")
 
 	typed(t, manager, lines[1])
@@ -58,7 +58,7 @@ func (c *cluster) testSwarmReadme(t *testing.T) {
 		}
 		return nil
 	})
-	within(t, 10*time.Second, "it goes on writing where the other one stopped", func() error {
+	within(t, 30*time.Second, "it goes on writing where the other one stopped", func() error {
 		return moved.has(t, "^"+regexp.QuoteMeta(before)+`\n.+\n`)
 	})
 	manager.Run(t, "service", "rm", "db")
@@ -81,7 +81,7 @@ func (c *cluster) testSwarmUpdate(t *testing.T) {
 		// Swarm leaves a task that meets the new constraint where it is: the
 		// constraint is against the host of the moment.
 		update := strings.ReplaceAll(option, "%s", first.h.Name)
-		within(t, 10*time.Second, "it writes", func() error { return first.has(t, `\n.*\n`) })
+		within(t, 30*time.Second, "it writes", func() error { return first.has(t, `\n.*\n`) })
 		last = first.count(t)
 		manager.Run(t, "service", "update", update, "app")
 		again := c.running(t, "app")[0]
@@ -108,7 +108,7 @@ func (c *cluster) testSwarmUpdate(t *testing.T) {
 		t.Errorf("running are %v, want the first replica alone", got)
 	}
 	last = first.count(t)
-	within(t, 10*time.Second, "the first replica goes on", func() error {
+	within(t, 30*time.Second, "the first replica goes on", func() error {
 		if n := first.count(t); n <= last {
 			return fmt.Errorf("%d numbers", n)
 		}
@@ -150,7 +150,7 @@ func (c *cluster) testSwarmReboot(t *testing.T) {
 	manager.Run(t, "service", "create", "--name", "db", "--constraint", "node.hostname!=host1", "--restart-delay", "1s",
 		"--mount", "type=volume,source=db,target=/data,volume-driver=flocker", "busybox", "sh", "-c", writer)
 	first := c.running(t, "db")[0]
-	within(t, 10*time.Second, "it writes", func() error { return first.has(t, `\n.*\n`) })
+	within(t, 30*time.Second, "it writes", func() error { return first.has(t, `\n.*\n`) })
 	last := first.count(t)
 	if err := first.h.Kill(t.Context()); err != nil {
 		t.Fatal(err)

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -355,17 +356,34 @@ func output(cmd *exec.Cmd, what string) (string, error) {
 }
 
 // tail returns the last n lines of a file, leaving out those that contain one of
-// the words in without.
+// the words in without. Lines that repeat the one before are counted, not shown.
 func tail(path string, n int, without ...string) string {
 	data, err := os.ReadFile(path)
 	if err != nil {
 		return err.Error()
 	}
 	var lines []string
-	for line := range strings.Lines(string(data)) {
-		if !slices.ContainsFunc(without, func(word string) bool { return strings.Contains(line, word) }) {
-			lines = append(lines, line)
+	last, again := "", 0
+	repeated := func() {
+		if again > 0 {
+			lines = append(lines, fmt.Sprintf("(%d more like it)\n", again))
 		}
+		again = 0
 	}
+	for line := range strings.Lines(string(data)) {
+		if slices.ContainsFunc(without, func(word string) bool { return strings.Contains(line, word) }) {
+			continue
+		}
+		text := timestamp.ReplaceAllString(line, "")
+		if text == last {
+			again++
+			continue
+		}
+		repeated()
+		last, lines = text, append(lines, line)
+	}
+	repeated()
 	return strings.Join(lines[max(0, len(lines)-n):], "")
 }
+
+var timestamp = regexp.MustCompile(`\d{4}-\d\d-\d\dT[0-9:.]+(Z|[+-]\d\d:\d\d)`)
