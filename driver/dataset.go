@@ -58,6 +58,9 @@ type dataset struct {
 	refs refs
 	// closed says that att's device was proven closed and not mounted since.
 	closed bool
+	// written is the attachment whose device was proven closed and had taken all that
+	// was written, if none was mounted since.
+	written *backends.Attachment
 	// detaching says that a detach of att was begun and its outcome is unknown: it
 	// may still happen, so att must not be used before that is settled.
 	detaching bool
@@ -150,8 +153,13 @@ func (ds *dataset) idle() bool {
 func (ds *dataset) record(boot string) record {
 	return record{
 		ID: ds.id, Name: ds.vol.Name, Backend: ds.vol.Backend, Boot: boot, Token: ds.token,
-		Attachment: ds.att, Detaching: ds.detaching, Late: time.Now().Before(ds.late), Refs: maps.Clone(ds.refs),
+		Attachment: ds.att, Written: ds.allWritten(), Detaching: ds.detaching, Late: time.Now().Before(ds.late), Refs: maps.Clone(ds.refs),
 	}
+}
+
+// allWritten says that nothing is left to write to the device attached.
+func (ds *dataset) allWritten() bool {
+	return ds.att != nil && ds.written != nil && *ds.written == *ds.att
 }
 
 // refs are the Mount calls that Docker has not undone yet, by mount ID. They are

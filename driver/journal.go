@@ -52,6 +52,8 @@ type record struct {
 	Token   int64  `json:"token"`
 	// Attachment is the one being used, or being detached.
 	Attachment *backends.Attachment `json:"attachment,omitempty"`
+	// Written says that its device had taken all that was written when it was closed.
+	Written bool `json:"written,omitempty"`
 	// Detaching is the intent, written and synced before the backend is called: a
 	// process that finds it finishes that detach before it attaches again.
 	Detaching bool `json:"detaching,omitempty"`

@@ -68,6 +68,9 @@ func (d *Driver) mount(ctx context.Context, ds *dataset, id string) (err error) 
 		if err := d.dropDoubtful(ctx, ds); err != nil {
 			return err
 		}
+		if err := d.usable(ctx, ds); err != nil { // its device may have failed
+			return err
+		}
 		if err := d.own(ctx, ds, &undo); err != nil {
 			return err
 		}
@@ -82,6 +85,7 @@ func (d *Driver) mount(ctx context.Context, ds *dataset, id string) (err error) 
 		if ds.refs.total() > 0 && d.cfg.Mounter.Close(ctx, ds.att.Device) == nil {
 			clear(ds.refs)
 		}
+		ds.written = nil // from now on there may be more
 	}
 
 	counted := ds.record(d.cfg.Node.Boot)
@@ -268,7 +272,7 @@ func (d *Driver) attach(ctx context.Context, ds *dataset, undo *undoStack) error
 	for started, wait := time.Now(), 200*time.Millisecond; ; wait = min(2*wait, poll) {
 		att, err := d.attachOnce(ctx, backend, ds)
 		if err == nil {
-			ds.att, ds.closed = &att, false
+			ds.att, ds.closed, ds.written = &att, false, nil
 			return nil
 		}
 		d.expectStray()
@@ -373,7 +377,7 @@ func (d *Driver) mountFormatted(ctx context.Context, ds *dataset, undo *undoStac
 		}
 		return err
 	}
-	ds.mounted, ds.closed = true, false
+	ds.mounted, ds.closed, ds.written = true, false, nil
 	undo.push("unmount", func(ctx context.Context) error { return d.unmountFilesystem(ctx, ds) })
 	return nil
 }
@@ -451,10 +455,19 @@ func (d *Driver) closeStray(ctx context.Context, ds *dataset) error {
 
 // close proves that nobody has the device. What a device that has failed did not
 // take is lost: of a lost volume it was never to arrive, and any other is
-// quarantined before it is given away.
+// quarantined before it is given away. One that was closed before, by a process that
+// was killed then, had taken everything.
 func (d *Driver) close(ctx context.Context, ds *dataset) error {
 	err := d.cfg.Mounter.Close(ctx, ds.att.Device)
-	if errors.Is(err, mount.ErrUnwritten) {
+	switch {
+	case err == nil:
+		ds.written = ds.att
+	case !errors.Is(err, mount.ErrUnwritten):
+		ds.written = nil // whoever has it may write to it
+	case ds.allWritten():
+		d.log.WithField("volume", ds.vol.Name).Warnf("%v; it was closed before, with all that was written", err)
+		err = nil
+	default:
 		if ds.lost == "" {
 			err = d.quarantine(ctx, ds, err)
 		}

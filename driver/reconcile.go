@@ -51,6 +51,10 @@ func (d *Driver) restoreRecord(ctx context.Context, ds *dataset, r record) {
 	if r.Boot == d.cfg.Node.Boot && r.Refs != nil {
 		ds.refs = r.Refs
 	}
+	ds.written = nil
+	if r.Boot == d.cfg.Node.Boot && r.Written {
+		ds.written = r.Attachment
+	}
 	// Also one of an earlier boot: the storage may do it at any time.
 	ds.detaching = r.Detaching
 	if r.Detaching || r.Late {

@@ -678,6 +678,34 @@ func TestQuarantineOfLastWrites(t *testing.T) {
 	})
 }
 
+// The device of an idle volume fails, and the process that had closed it is killed
+// before it has given it away: nothing was left to write, and so nothing is in doubt.
+func TestQuarantineSparesAClosedDevice(t *testing.T) {
+	onFencingStorage(t, twoNodes, func(t *testing.T, c *cluster) {
+		a, b := c.nodes["a"], c.nodes["b"]
+		a.create("db", nil)
+		a.mount("db", "id1")
+		a.unmount("db", "id1")
+		c.disks.SetCut(c.device("db"), "a", true)
+		a.restart()
+		c.settle(time.Minute)
+		c.wantNothing()
+		b.mount("db", "id2")
+		b.unmount("db", "id2")
+
+		// Mounted again, there is no telling what became of the last writes.
+		b.mount("db", "id3")
+		device := c.device("db")
+		b.kill()
+		b.kernel.DisablePlugin()()
+		c.disks.SetCut(device, "b", true)
+		b.start()
+		c.settle(time.Minute)
+		_, err := b.Mount(t.Context(), "db", "id4")
+		wantError(t, err, "volume db is quarantined: ", "last writes may be lost")
+	})
+}
+
 // The device carries another filesystem than the volume's.
 func TestQuarantineOfAWrongFilesystem(t *testing.T) {
 	onFencingStorage(t, twoNodes, func(t *testing.T, c *cluster) {
