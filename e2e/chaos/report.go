@@ -289,6 +289,7 @@ func (p *report) markdown() string {
 	say("| planned moves to another host | %d |", p.moves)
 	say("| takeovers from a dead or cut-off host | %d |", p.takeovers)
 	say("| hosts that the operator declared dead | %d |", r.declared)
+	say("| volumes quarantined because their device failed with the last writes, and reinstated | %d |", r.reinstated)
 	say("| writers that ran | %d |", p.incarnations)
 	say("| records acknowledged after fsync | %d |", p.acknowledged)
 	say("| of them verified at the end | %d |", p.verified)

@@ -16,6 +16,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/flocker-plugin/flocker/driver/mount"
 	"github.com/flocker-plugin/flocker/e2e/chaos/history"
 	"github.com/flocker-plugin/flocker/e2e/rig"
 )
@@ -55,6 +56,7 @@ type run struct {
 	notes      []string
 	rounds     int // after which everything wrote again
 	declared   int // hosts that the operator declared dead
+	reinstated int // volumes that the operator reinstated
 	clean      int // filesystems that were checked at the end
 }
 
@@ -480,6 +482,9 @@ func (r *run) settled(ctx context.Context) error {
 		if err := r.mendDocker(ctx); err != nil {
 			return err
 		}
+		if err := r.reinstate(ctx); err != nil {
+			return err
+		}
 	}
 	if err != nil {
 		stuck, ok := errors.AsType[*stuckError](err)
@@ -500,6 +505,33 @@ func (r *run) settled(ctx context.Context) error {
 				r.violate("availability", v.name, "nothing is broken, and %v", err)
 				return nil
 			}
+		}
+	}
+	return ctx.Err()
+}
+
+// reinstate is the operator, who sees to volumes whose device failed before it had
+// taken everything. No acknowledged record is among what it did not take, which is
+// looked at in the end. Any other reason for a quarantine is for nobody to overrule.
+func (r *run) reinstate(ctx context.Context) error {
+	for _, v := range r.volumes {
+		for _, h := range r.hosts {
+			if r.isAway(h) {
+				continue
+			}
+			trying, cancel := context.WithTimeout(ctx, 20*time.Second)
+			detail, err := h.Docker(trying, "volume", "inspect", "--format", "{{.Status.state}}: {{.Status.detail}}", v.name)
+			if err == nil && strings.HasPrefix(detail, "quarantined: ") && strings.Contains(detail, mount.ErrUnwritten.Error()) {
+				if _, err = h.Docker(trying, "flocker", "volume", "reinstate", v.name); err == nil {
+					r.say("the operator reinstates %s, which was %s", v.name, detail)
+					r.reinstated++
+				}
+			}
+			cancel()
+			if err == nil || ctx.Err() != nil {
+				break // every host would say the same
+			}
+			r.note("look after volume %s on %s: %v", v.name, h.Name, err)
 		}
 	}
 	return ctx.Err()
