@@ -36,6 +36,8 @@ const (
 type Properties struct {
 	// Name is what users write after -o backend=.
 	Name string
+	// Type is the kind of storage system, such as csi; empty is Name.
+	Type string
 	// Class says what fences a former owner.
 	Class Class
 	// AllocationUnit is what volume sizes are rounded up to, in bytes.
@@ -55,6 +57,8 @@ type Properties struct {
 	LateCalls time.Duration
 	// Options are the backend's own create options, besides those every volume has.
 	Options []Option
+	// Profiles are what users may write after -o profile=, sorted.
+	Profiles []string
 }
 
 // CreateRequest asks for a new volume.

@@ -21,6 +21,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/flocker-plugin/flocker/control/api"
+	"github.com/flocker-plugin/flocker/driver"
 	"github.com/flocker-plugin/flocker/driver/ownership"
 )
 
@@ -33,6 +34,8 @@ type Driver interface {
 	ConfirmDead(ctx context.Context, host string, d ownership.Death) (ownership.Death, error)
 	Reinstate(ctx context.Context, name, by string) error
 	AcceptRestore(ctx context.Context, by string) (gen int64, err error)
+	// Backends asks each backend of this host whether it answers.
+	Backends(ctx context.Context) []driver.BackendStatus
 }
 
 // Owners is what is asked who has what; *ownership.Map is one.
@@ -66,6 +69,7 @@ type Admin struct {
 func New(d Driver, owners Owners, log *logrus.Entry) *Admin {
 	a := &Admin{driver: d, owners: owners, log: log, mux: http.NewServeMux()}
 	a.handle("GET /v1/nodes", a.nodes)
+	a.handle("GET /v1/backends", a.backends)
 	a.handle("POST /v1/nodes/{host}/confirm-dead", a.confirmDead)
 	a.handle("POST /v1/volumes/{name}/reinstate", a.reinstate)
 	a.handle("POST /v1/cluster/accept-restore", a.acceptRestore)
@@ -145,6 +149,22 @@ func (a *Admin) nodes(ctx context.Context, _ *http.Request) (any, error) {
 			death := wire(*n.Death)
 			answer.Nodes[i].Death = &death
 		}
+	}
+	return answer, nil
+}
+
+func (a *Admin) backends(ctx context.Context, _ *http.Request) (any, error) {
+	all := a.driver.Backends(ctx)
+	answer := api.Backends{Backends: make([]api.Backend, len(all))}
+	for i, b := range all {
+		shown := api.Backend{Name: b.Name, Type: b.Type, Class: string(b.Class), Default: b.Default, Profiles: b.Profiles}
+		for _, o := range b.Options {
+			shown.Options = append(shown.Options, o.Name)
+		}
+		if b.Err != nil {
+			shown.Error = b.Err.Error()
+		}
+		answer.Backends[i] = shown
 	}
 	return answer, nil
 }

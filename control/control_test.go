@@ -17,6 +17,7 @@ import (
 
 	"github.com/flocker-plugin/flocker/control"
 	"github.com/flocker-plugin/flocker/control/api"
+	"github.com/flocker-plugin/flocker/driver"
 	"github.com/flocker-plugin/flocker/driver/ownership"
 )
 
@@ -25,6 +26,8 @@ type fake struct {
 	nodes   []ownership.NodeStatus
 	silence map[string]time.Duration
 	views   []ownership.View
+	// backends are those of the host.
+	backends []driver.BackendStatus
 	// err is what a change ends with; the other two are what the questions do.
 	err, nodesErr, listErr error
 	wait                   bool // until the request's context is done
@@ -60,6 +63,8 @@ func (f *fake) AcceptRestore(ctx context.Context, by string) (int64, error) {
 }
 
 func (f *fake) List(context.Context) ([]ownership.View, error) { return f.views, f.listErr }
+
+func (f *fake) Backends(context.Context) []driver.BackendStatus { return f.backends }
 
 func (f *fake) Silence(node string) (time.Duration, bool) {
 	silent, ok := f.silence[node]
@@ -120,6 +125,19 @@ func TestNodes(t *testing.T) {
 	}
 	if status, got, _ = ask(t, &fake{}, "GET", "/v1/nodes", ""); status != 200 || got != `{"nodes":[]}` {
 		t.Errorf("no nodes: got %d %s", status, got)
+	}
+}
+
+func TestBackends(t *testing.T) {
+	all := make([]driver.BackendStatus, 2)
+	all[0].Name, all[0].Type, all[0].Class, all[0].Profiles = "gold", "csi", "F1", []string{"fast", "slow"}
+	all[0].Err = errors.New("the <socket> does not answer")
+	all[1].Name, all[1].Type, all[1].Class, all[1].Default = "loopback", "loopback", "F0", true
+	status, got, logged := ask(t, &fake{backends: all}, "GET", "/v1/backends", "")
+	want := `{"backends":[{"name":"gold","type":"csi","class":"F1","profiles":["fast","slow"],"error":"the <socket> does not answer"},` +
+		`{"name":"loopback","type":"loopback","class":"F0","default":true}]}`
+	if status != 200 || got != want || logged != "" {
+		t.Errorf("got %d %s %s, want 200 %s", status, got, logged, want)
 	}
 }
 

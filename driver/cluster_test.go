@@ -121,21 +121,24 @@ func (n *node) startWith(registered context.Context, partitioned bool) {
 		Condemned: func(ctx context.Context, death ownership.Death) error { return d.GiveUp(ctx, death) },
 		Healthy:   func() error { return d.Healthy() },
 		Keep:      func(seen ownership.Seen) { d.KeepSeen(seen) },
-		Identify: func(ctx context.Context) (map[string]string, error) {
-			known, ok := backends.As[backends.Identifier](n.c.storage.Node(id.ID))
-			if !ok {
-				return nil, nil
-			}
-			name, err := known.Identity(ctx)
-			return map[string]string{"memory": name}, err
-		},
-		Now: func() time.Duration { return time.Since(began) }, Log: log.WithField("node", n.name),
+		Now:       func() time.Duration { return time.Since(began) }, Log: log.WithField("node", n.name),
 	})
 	cfg := driver.Config{
 		Node: id, Map: m, Mounter: n.mounter, Docker: n.docker, Log: log.WithField("node", n.name),
 		Backends: map[string]backends.Backend{"memory": n.c.storage.Node(id.ID)}, Backend: "memory",
 		StateDir: n.stateDir, MountRoot: filepath.Join(n.stateDir, "mnt"), DefaultSize: 1 << 30, DefaultFS: "ext4",
 		Linger: 5 * time.Second, BusyWait: 30 * time.Second, Reconcile: 30 * time.Second,
+		Ready: func(ctx context.Context, backend string) error {
+			known, ok := backends.As[backends.Identifier](n.c.storage.Node(id.ID))
+			if !ok {
+				return nil
+			}
+			name, err := known.Identity(ctx)
+			if err != nil {
+				return err
+			}
+			return m.Identified(ctx, backend, name)
+		},
 	}
 	if n.c.cfg != nil {
 		n.c.cfg(&cfg)

@@ -58,7 +58,7 @@ func (d *Driver) Create(ctx context.Context, name string, options map[string]str
 // finishCreate makes the storage of a volume that is recorded, by whichever node
 // gets here: the dataset's id is the idempotency key.
 func (d *Driver) finishCreate(ctx context.Context, vol ownership.Volume) (ownership.Volume, error) {
-	backend, err := d.backend(vol.Backend)
+	backend, err := d.backendOf(vol)
 	if err != nil {
 		return vol, err
 	}
@@ -118,7 +118,7 @@ func (d *Driver) undoCreate(ctx context.Context, vol ownership.Volume, cause err
 
 // destroy removes the storage behind a tombstone and then the tombstone.
 func (d *Driver) destroy(ctx context.Context, tombstone ownership.Volume) error {
-	backend, err := d.backend(tombstone.Backend)
+	backend, err := d.backendOf(tombstone)
 	if err != nil {
 		return err
 	}

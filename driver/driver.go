@@ -11,6 +11,7 @@
 package driver
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -65,9 +66,12 @@ type Config struct {
 	// Backends by name; Backend is the default one's name.
 	Backends map[string]backends.Backend
 	Backend  string
-	Mounter  mount.Mounter
-	Docker   Docker // nil: the Engine is not asked
-	Log      *logrus.Entry
+	// Ready, if set, is asked before this node becomes the owner of a volume of a backend:
+	// whoever owns one may have to be fenced by its name at the storage.
+	Ready   func(ctx context.Context, backend string) error
+	Mounter mount.Mounter
+	Docker  Docker // nil: the Engine is not asked
+	Log     *logrus.Entry
 
 	// StateDir holds the journal; it must be on the host and survive the plugin.
 	StateDir string
@@ -414,8 +418,56 @@ func (d *Driver) backend(name string) (backends.Backend, error) {
 	if b, ok := d.cfg.Backends[name]; ok {
 		return b, nil
 	}
-	return nil, fmt.Errorf("backend %q is not configured on host %s; configured: %s", name, d.cfg.Node.Host,
-		strings.Join(slices.Sorted(maps.Keys(d.cfg.Backends)), ", "))
+	return nil, fmt.Errorf("there is no backend %q on host %s; backends here: %s", name, d.cfg.Node.Host, d.backendNames())
+}
+
+// A BackendStatus is a backend of this host, as an operator is told about it.
+type BackendStatus struct {
+	backends.Properties
+
+	Default bool
+	// Err is why it cannot be used now.
+	Err error
+}
+
+// backendPing is how long a backend may take to show that it answers.
+const backendPing = 5 * time.Second
+
+// Backends returns this host's backends by name, and asks each whether it answers.
+func (d *Driver) Backends(ctx context.Context) []BackendStatus {
+	names := slices.Sorted(maps.Keys(d.cfg.Backends))
+	all := make([]BackendStatus, len(names))
+	var asked sync.WaitGroup
+	for i, name := range names {
+		asked.Go(func() {
+			ctx, cancel := context.WithTimeout(ctx, backendPing)
+			defer cancel()
+			_, err := d.cfg.Backends[name].List(ctx)
+			all[i] = BackendStatus{Properties: d.properties(name), Default: name == d.cfg.Backend, Err: err}
+		})
+	}
+	asked.Wait()
+	return all
+}
+
+// properties are a backend's, by the name it has here.
+func (d *Driver) properties(name string) backends.Properties {
+	p := d.cfg.Backends[name].Properties()
+	p.Name, p.Type = name, cmp.Or(p.Type, p.Name)
+	return p
+}
+
+func (d *Driver) backendNames() string {
+	return strings.Join(slices.Sorted(maps.Keys(d.cfg.Backends)), ", ")
+}
+
+// backendOf returns a volume's backend.
+func (d *Driver) backendOf(vol ownership.Volume) (backends.Backend, error) {
+	if b, ok := d.cfg.Backends[vol.Backend]; ok {
+		return b, nil
+	}
+	return nil, fmt.Errorf("volume %s is on backend %s, which this host's backends.yaml does not have: add it there as on the other hosts, and restart the plugin; backends here: %s",
+		vol.Name, vol.Backend, d.backendNames())
 }
 
 // hold returns the dataset of an id, and keeps it in memory until done.

@@ -657,7 +657,7 @@ func TestCreateRefusals(t *testing.T) {
 			{"v", map[string]string{"mount": "bind"}, []string{"option mount"}},
 			{"v", map[string]string{"uid": "-1"}, []string{"option uid"}},
 			{"v", map[string]string{"mode": "worldwide"}, []string{"option mode", "octal"}},
-			{"v", map[string]string{"backend": "tape"}, []string{`backend "tape" is not configured on host a; configured: memory`}},
+			{"v", map[string]string{"backend": "tape"}, []string{`there is no backend "tape" on host a; backends here: memory`}},
 			{"v", map[string]string{"help": ""}, []string{"OPTION", "size", "1GiB", "label.KEY", "no volume was made"}},
 			{"db", map[string]string{"size": "2G"}, []string{"volume db exists with other options: size is 1GiB, not 2GiB"}},
 			{"db", map[string]string{"fs": "xfs", "label.team": "red"}, []string{"fs is ext4, not xfs", "label.team is blue, not red"}},

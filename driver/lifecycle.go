@@ -259,7 +259,7 @@ func (d *Driver) attach(ctx context.Context, ds *dataset, undo *undoStack) error
 	if ds.att != nil {
 		return nil
 	}
-	backend, err := d.backend(ds.vol.Backend)
+	backend, err := d.backendOf(ds.vol)
 	if err != nil {
 		return err
 	}
@@ -358,7 +358,7 @@ func (d *Driver) mountFilesystem(ctx context.Context, ds *dataset, undo *undoSta
 // guarded says that the volume's filesystem gets a protection of its own against a
 // second host, as an alarm: where nothing but the protocol keeps one from writing.
 func (d *Driver) guarded(ds *dataset) bool {
-	backend, err := d.backend(ds.vol.Backend)
+	backend, err := d.backendOf(ds.vol)
 	return err != nil || !canFence(backend)
 }
 
@@ -501,7 +501,7 @@ func (d *Driver) detach(ctx context.Context, ds *dataset) error {
 	if ds.att == nil {
 		return nil
 	}
-	backend, err := d.backend(ds.vol.Backend)
+	backend, err := d.backendOf(ds.vol)
 	if err != nil {
 		return err
 	}

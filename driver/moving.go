@@ -8,6 +8,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/flocker-plugin/flocker/backends"
 	"github.com/flocker-plugin/flocker/driver/mount"
 	"github.com/flocker-plugin/flocker/driver/ownership"
 )
@@ -32,6 +33,9 @@ const (
 // the configured time, and for one that is about to let go until ctx ends. The
 // dataset's lock is held.
 func (d *Driver) claim(ctx context.Context, ds *dataset, purpose string) error {
+	if err := d.ready(ctx, ds.vol); err != nil {
+		return err
+	}
 	w := wish{purpose, time.Now()}
 	for {
 		owner, vol, err := d.cfg.Map.Claim(ctx, ds.id)
@@ -74,6 +78,28 @@ func (d *Driver) claim(ctx context.Context, ds *dataset, purpose string) error {
 		// What this node saw and what etcd says may differ for a moment.
 		if !sleep(ctx, jitter(10*time.Millisecond)) {
 			return d.explain(ds.vol.Name, ownership.ErrUnavailable)
+		}
+	}
+}
+
+// ready refuses to claim what could not be attached here, or be fenced here.
+func (d *Driver) ready(ctx context.Context, vol ownership.Volume) error {
+	if vol.Backend == "" {
+		return nil // not known yet
+	}
+	if _, err := d.backendOf(vol); err != nil {
+		return err
+	}
+	if d.cfg.Ready == nil {
+		return nil
+	}
+	for started, wait := time.Now(), 200*time.Millisecond; ; wait = min(2*wait, poll) {
+		err := d.cfg.Ready(ctx, vol.Backend)
+		switch {
+		case err == nil:
+			return nil
+		case !errors.Is(err, backends.ErrUnavailable) || time.Since(started) > backendPatience || !sleep(ctx, jitter(wait)):
+			return fmt.Errorf("volume %s: %w", vol.Name, err)
 		}
 	}
 }

@@ -3,10 +3,12 @@ package driver
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"regexp"
 	"slices"
 	"strings"
+	"text/tabwriter"
 	"time"
 
 	"github.com/google/uuid"
@@ -65,7 +67,7 @@ func (d *Driver) parse(name string, values map[string]string) (ownership.Volume,
 	options := d.options(backend)
 	if _, asked := values["help"]; asked {
 		return none, errors.New("options of docker volume create -d flocker -o KEY=VALUE (no volume was made):\n" +
-			backends.Help(options))
+			backends.Help(options) + "\n" + d.helpBackends(backendName))
 	}
 	if err := validName(name); err != nil {
 		return none, err
@@ -103,6 +105,34 @@ func (d *Driver) parse(name string, values map[string]string) (ownership.Volume,
 		Options: backends.Pick(backend.Properties().Options, values),
 		Phase:   ownership.PhaseCreating, Created: time.Now().UTC().Truncate(time.Second),
 	}, nil
+}
+
+// helpBackends lists the backends for people, a line for each, beside the options of
+// one of them.
+func (d *Driver) helpBackends(shown string) string {
+	var b strings.Builder
+	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "BACKEND\tTYPE\tCLASS\tPROFILES\tOPTIONS OF ITS OWN")
+	for _, name := range slices.Sorted(maps.Keys(d.cfg.Backends)) {
+		p := d.properties(name)
+		var options []string
+		for _, o := range p.Options {
+			options = append(options, o.Name)
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", name, p.Type, p.Class, list(p.Profiles), list(options))
+	}
+	_ = w.Flush() // a strings.Builder takes everything
+	if len(d.cfg.Backends) > 1 {
+		fmt.Fprintf(&b, "the options above are those of backend %s; -o help -o backend=NAME shows another's\n", shown)
+	}
+	return b.String()
+}
+
+func list(words []string) string {
+	if len(words) == 0 {
+		return "-"
+	}
+	return strings.Join(words, ", ")
 }
 
 // noFailover says why a host that does not reach etcd does not stop its containers

@@ -96,7 +96,7 @@ func (d *Driver) look(ctx context.Context, ds *dataset) error {
 // under the token it is owned by.
 func (d *Driver) findAttachment(ctx context.Context, ds *dataset) error {
 	ds.unseen = true
-	backend, err := d.backend(ds.vol.Backend)
+	backend, err := d.backendOf(ds.vol)
 	if err != nil {
 		return err
 	}
@@ -178,23 +178,44 @@ func (d *Driver) several(ctx context.Context, vids []string, do func(ctx context
 	}
 }
 
+// sweepPatience is how long a sweep is waited for: a storage that does not answer is
+// no reason not to begin with the others' volumes.
+const sweepPatience = time.Second
+
 // sweep drops the attachments that no ownership speaks of, such as one a process
 // that was killed had asked for. tokens are what etcd says this node owns.
 func (d *Driver) sweep(ctx context.Context, tokens map[string]int64) {
+	patience, cancel := context.WithTimeout(ctx, sweepPatience)
+	defer cancel()
+	swept := make(chan struct{}, len(d.cfg.Backends))
 	for name, backend := range d.cfg.Backends {
-		bounded, cancel := context.WithTimeout(ctx, time.Minute)
-		attachments, err := backend.Attachments(bounded)
-		cancel()
-		if err != nil {
-			d.log.Warnf("list attachments of %s: %v", name, err)
+		d.background(func(ctx context.Context) {
+			d.sweepBackend(ctx, name, backend, tokens)
+			swept <- struct{}{}
+		})
+	}
+	for range d.cfg.Backends {
+		select {
+		case <-swept:
+		case <-patience.Done():
+			return
+		}
+	}
+}
+
+func (d *Driver) sweepBackend(ctx context.Context, name string, backend backends.Backend, tokens map[string]int64) {
+	bounded, cancel := context.WithTimeout(ctx, time.Minute)
+	attachments, err := backend.Attachments(bounded)
+	cancel()
+	if err != nil {
+		d.log.Warnf("list attachments of %s: %v", name, err)
+		return
+	}
+	for _, att := range attachments {
+		if token, ok := tokens[att.Volume]; ok && token == att.Token || d.owns(att) {
 			continue
 		}
-		for _, att := range attachments {
-			if token, ok := tokens[att.Volume]; ok && token == att.Token || d.owns(att) {
-				continue
-			}
-			d.locked(ctx, att.Volume, func(ctx context.Context, ds *dataset) { d.dropForeign(ctx, ds, name, backend, att) })
-		}
+		d.locked(ctx, att.Volume, func(ctx context.Context, ds *dataset) { d.dropForeign(ctx, ds, name, backend, att) })
 	}
 }
 
@@ -372,7 +393,7 @@ func (d *Driver) linger(ds *dataset) time.Duration {
 	if len(d.waitingFor(ds.id)) > 0 {
 		return 0
 	}
-	if backend, err := d.backend(ds.vol.Backend); err == nil && backend.Properties().CheapAttach {
+	if backend, err := d.backendOf(ds.vol); err == nil && backend.Properties().CheapAttach {
 		return 0
 	}
 	return d.cfg.Linger
@@ -586,9 +607,17 @@ func (d *Driver) purge(ctx context.Context) {
 	if err != nil {
 		return
 	}
+	down := map[string]bool{} // backends that do not answer: one wait for each is enough
 	for _, vol := range tombstones {
-		if err := d.destroy(ctx, vol); err != nil {
+		if down[vol.Backend] {
+			continue
+		}
+		bounded, cancel := context.WithTimeout(ctx, undoTimeout)
+		err := d.destroy(bounded, vol)
+		cancel()
+		if err != nil {
 			d.log.WithField("volume", vol.Name).Debugf("remove its storage: %v", err)
+			down[vol.Backend] = errors.Is(err, backends.ErrUnavailable) || errors.Is(err, context.DeadlineExceeded)
 		}
 	}
 }

@@ -66,7 +66,7 @@ func (d *Driver) grounds(ctx context.Context, held *ownership.HeldError, purpose
 		// what the first takeover was founded on still holds.
 		return ownership.GroundsSilent, d.awaitSilence(ctx, held)
 	}
-	backend, err := d.backend(held.Volume.Backend)
+	backend, err := d.backendOf(held.Volume)
 	if err != nil {
 		return "", err
 	}
@@ -257,7 +257,7 @@ func (d *Driver) finishTakeover(ctx context.Context, ds *dataset) (err error) {
 
 // fence cuts the former owner off, and returns what was seen of that.
 func (d *Driver) fence(ctx context.Context, ds *dataset, from ownership.Pending) (evidence string, err error) {
-	backend, err := d.backend(ds.vol.Backend)
+	backend, err := d.backendOf(ds.vol)
 	if err != nil {
 		return "", err
 	}
@@ -332,7 +332,7 @@ func (d *Driver) fencedByHand(ctx context.Context, ds *dataset, from ownership.P
 
 // mayBeLate notes that a call which names the volume may still take effect.
 func (d *Driver) mayBeLate(ds *dataset) {
-	backend, err := d.backend(ds.vol.Backend)
+	backend, err := d.backendOf(ds.vol)
 	if err != nil || backend.Properties().LateCalls == 0 {
 		return
 	}

@@ -27,7 +27,8 @@ var version = "development"
 // opener makes the backend of this node.
 type opener func(settings, ownership.Node) backends.Backend
 
-// registry is every storage backend there is, but for testBackends.
+// registry is every storage backend that is there without backends.yaml (storage.go),
+// but for testBackends.
 var registry = map[string]opener{
 	"loopback": func(s settings, node ownership.Node) backends.Backend {
 		return loopback.New(loopback.Config{Dir: s.LoopbackDir, Node: node.ID, Preallocate: s.LoopbackPreallocate})
@@ -42,20 +43,52 @@ func main() {
 		fmt.Println(version)
 	case "settings":
 		fmt.Print(settingsTable())
+	case "backends":
+		os.Exit(listBackends())
 	default:
-		fmt.Fprintf(os.Stderr, "flocker-plugin: unknown command %q; valid: version, settings, or none to run\n", command)
+		fmt.Fprintf(os.Stderr, "flocker-plugin: unknown command %q; valid: version, settings, backends, or none to run\n", command)
 		os.Exit(2)
 	}
 }
 
+// configuration is what the environment and backends.yaml say.
+func configuration() (s settings, warnings []string, more []configured, err error) {
+	maps.Copy(registry, testBackends)
+	if s, warnings, err = settingsFrom(os.Environ()); err == nil {
+		more, err = loadBackends(s)
+	}
+	return s, warnings, more, err
+}
+
+// listBackends says what the process would have if it were started now, and whether
+// something is wrong with that.
+func listBackends() (code int) {
+	_, _, more, err := configuration()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "flocker-plugin:", err)
+		return 1
+	}
+	for _, name := range slices.Sorted(maps.Keys(registry)) {
+		fmt.Println(name)
+	}
+	for _, c := range more {
+		fmt.Printf("%s (%s)\n", c.name, c.kind)
+		if err := c.secrets(); err != nil {
+			fmt.Fprintln(os.Stderr, "flocker-plugin:", err)
+			code = 1
+		}
+	}
+	return code
+}
+
+// managed says that Docker runs this process as a plugin: it is the first one of its
+// namespace.
+func managed() bool { return os.Getpid() == 1 }
+
 // run is the life of the process. It ends with 1 for a configuration that is
 // wrong; whatever may get right again by itself is tried until it does.
 func run() int {
-	maps.Copy(registry, testBackends)
-	s, warnings, err := settingsFrom(os.Environ())
-	if _, ok := registry[s.Backend]; err == nil && !ok {
-		err = fmt.Errorf("setting FLOCKER_BACKEND: unknown backend %q; valid: %s", s.Backend, strings.Join(slices.Sorted(maps.Keys(registry)), ", "))
-	}
+	s, warnings, more, err := configuration()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "flocker-plugin:", err)
 		return 1
@@ -86,7 +119,7 @@ func run() int {
 	defer end()
 	var work sync.WaitGroup
 	srv := newServer(s.MountDeadline, log, stderr)
-	work.Go(func() { start(background, s, srv, stop, log) })
+	work.Go(func() { start(background, s, more, srv, stop, log) })
 	err = srv.serve(ctx, l)
 	end()
 	work.Wait()

@@ -251,7 +251,7 @@ func TestProcessWithoutEtcd(t *testing.T) {
 func TestProcessRefusesConfiguration(t *testing.T) {
 	for environ, want := range map[string]string{
 		"FLOCKER_LINGER=5":    `setting FLOCKER_LINGER: "5" is not valid; use a time such as 500ms, 10s or 5m`,
-		"FLOCKER_BACKEND=ebs": `setting FLOCKER_BACKEND: unknown backend "ebs"; valid: loopback`,
+		"FLOCKER_BACKEND=ebs": `setting FLOCKER_BACKEND: unknown backend "ebs"; valid: loopback; a file /etc/flocker/backends.yaml can name more`,
 	} {
 		p := plugin(t.Context(), t.TempDir(), environ).begin(t)
 		err := <-p.ended
@@ -265,7 +265,7 @@ func TestCommands(t *testing.T) {
 	for command, want := range map[string]string{
 		"version":  version + "\n",
 		"settings": settingsTable(),
-		"frob x":   `flocker-plugin: unknown command "frob x"; valid: version, settings, or none to run` + "\n",
+		"frob x":   `flocker-plugin: unknown command "frob x"; valid: version, settings, backends, or none to run` + "\n",
 	} {
 		cmd := exec.CommandContext(t.Context(), os.Args[0], strings.Fields(command)...)
 		cmd.Env = []string{"RUN_PLUGIN=1"}

@@ -38,6 +38,7 @@ type settings struct {
 	EtcdDir          string   `option:"FLOCKER_ETCD_DIR" help:"directory of the etcd inside the plugin; empty: etcd in the state directory"`
 
 	Backend             string `option:"FLOCKER_BACKEND" default:"loopback" help:"storage of volumes created without -o backend="`
+	Backends            string `option:"FLOCKER_BACKENDS" help:"file that names further storage; empty: /etc/flocker/backends.yaml if it is there, else backends.yaml in the state directory"`
 	LoopbackDir         string `option:"FLOCKER_LOOPBACK_DIR" help:"directory of loopback's files, which hosts may share; empty: loopback in the state directory"`
 	LoopbackPreallocate bool   `option:"FLOCKER_LOOPBACK_PREALLOCATE" default:"false" help:"allocate the whole of loopback's files when they are made"`
 
@@ -115,7 +116,11 @@ func (s *settings) check() error {
 		{"FLOCKER_ETCD_DIR", &s.EtcdDir},
 		{"FLOCKER_LOOPBACK_DIR", &s.LoopbackDir},
 		{"FLOCKER_DOCKER_SOCKET", &s.DockerSocket},
+		{"FLOCKER_BACKENDS", &s.Backends},
 	} {
+		if *p.path == "" { // and may be
+			continue
+		}
 		if !filepath.IsAbs(*p.path) {
 			wrong(p.name, "%q is not an absolute path", *p.path)
 		} else if *p.path = filepath.Clean(*p.path); *p.path == "/" {

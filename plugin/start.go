@@ -2,9 +2,7 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"math/rand/v2"
-	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -22,10 +20,9 @@ import (
 
 // start makes the driver, gives it to the server, and runs it until ctx is done. end
 // ends the process.
-func start(ctx context.Context, s settings, srv *server, end func(), log *logrus.Entry) {
-	managed := os.Getpid() == 1 // the first process of its namespace
+func start(ctx context.Context, s settings, more []configured, srv *server, end func(), log *logrus.Entry) {
 	shared := &sharedDriver{end: end, log: log, isCutOff: func() (bool, error) { return mount.IsCutOff(s.MountRoot) }}
-	if managed {
+	if managed() {
 		var watching sync.WaitGroup
 		defer watching.Wait()
 		watching.Go(func() {
@@ -75,21 +72,24 @@ func start(ctx context.Context, s settings, srv *server, end func(), log *logrus
 	if err != nil {
 		return
 	}
-	storage := map[string]backends.Backend{}
-	for name, open := range registry {
-		storage[name] = open(s, node)
-	}
 	var d *driver.Driver // there before owners runs
 	owners := ownership.New(store, node, ownership.Config{
 		Prefix: s.EtcdPrefix, TTL: s.NodeTTL, Renew: s.NodeRenew, Seen: seen, Log: log,
-		Identify:  func(ctx context.Context) (map[string]string, error) { return identities(ctx, storage) },
 		Condemned: func(ctx context.Context, death ownership.Death) error { return d.GiveUp(ctx, death) },
 		Healthy:   func() error { return d.Healthy() },
-		Keep:      func(seen ownership.Seen) { d.KeepSeen(seen) },
+		Keep: func(seen ownership.Seen) {
+			if d != nil {
+				d.KeepSeen(seen)
+			}
+		},
 	})
+	storage, ready, err := openBackends(ctx, s, more, node, owners, log)
+	if err != nil {
+		return
+	}
 	d, err = persist(ctx, log, "driver", func() (*driver.Driver, error) { //nolint:contextcheck // the driver's work ends with Run
 		return driver.New(driver.Config{
-			Node: node, Map: owners, Backends: storage, Backend: s.Backend,
+			Node: node, Map: owners, Backends: storage, Backend: s.Backend, Ready: ready,
 			Mounter: &mount.System{}, Docker: driver.NewEngine(s.DockerSocket), Log: log,
 			StateDir: s.StateDir, MountRoot: s.MountRoot,
 			DefaultSize: s.DefaultSize, DefaultFS: s.DefaultFS,
@@ -101,7 +101,7 @@ func start(ctx context.Context, s settings, srv *server, end func(), log *logrus
 	}
 	var work sync.WaitGroup
 	defer work.Wait()
-	if managed {
+	if managed() {
 		shared.verbs = d
 		srv.use(shared)
 	} else {
@@ -120,23 +120,35 @@ func start(ctx context.Context, s settings, srv *server, end func(), log *logrus
 	})
 }
 
-// identities asks the storage systems by what names they know this host.
-func identities(ctx context.Context, storage map[string]backends.Backend) (map[string]string, error) {
-	names := map[string]string{}
-	for name, backend := range storage {
-		identifier, ok := backends.As[backends.Identifier](backend)
-		if !ok {
-			continue
-		}
-		bounded, cancel := context.WithTimeout(ctx, 5*time.Second)
-		identity, err := identifier.Identity(bounded)
-		cancel()
-		if err != nil {
-			return nil, fmt.Errorf("by what name %s knows this host: %w", name, err)
-		}
-		names[name] = identity
+// openBackends makes this host's backends, and the question whether it may own volumes
+// of one.
+func openBackends(ctx context.Context, s settings, more []configured, node ownership.Node, owners *ownership.Map, log *logrus.Entry) (
+	storage map[string]backends.Backend, ready func(ctx context.Context, name string) error, err error,
+) {
+	storage = map[string]backends.Backend{}
+	guards := map[string]*backend{}
+	add := func(b *backend) { storage[b.name], guards[b.name] = b, b }
+	h := host{node: node.ID, stateDir: s.StateDir, owners: owners}
+	for name, open := range registry {
+		add(configured{name: name, kind: name}.of(open(s, node), h))
 	}
-	return names, nil
+	if len(more) > 0 {
+		// Asked for once in the life of a host: from then on it knows its cluster.
+		if h.cluster, err = persist(ctx, log, "cluster", func() (string, error) { return owners.Join(ctx) }); err != nil {
+			return nil, nil, err
+		}
+	}
+	for _, c := range more {
+		b, err := persist(ctx, log, "backend "+c.name, func() (*backend, error) { return c.open(h) })
+		if err != nil {
+			return nil, nil, err
+		}
+		if err := c.secrets(); err != nil {
+			log.WithField("err", err).Error("a backend cannot be used")
+		}
+		add(b)
+	}
+	return storage, func(ctx context.Context, name string) error { return guards[name].ready(ctx) }, nil
 }
 
 // etcdInside runs the etcd inside the plugin until stop is called, which is after

@@ -189,6 +189,7 @@ func (b *Backend) Properties() backends.Properties {
 	p := backends.Properties{
 		Name: b.cfg.Name, Class: backends.ClassNone, ExclusiveAttach: b.cfg.Exclusive,
 		AllocationUnit: int64(b.cfg.AllocationUnit), MinSize: int64(b.cfg.MinSize), MaxSize: int64(b.cfg.MaxSize),
+		Type: "csi", Profiles: slices.Sorted(maps.Keys(b.cfg.Profiles)),
 	}
 	if b.cfg.Fences {
 		p.Class, p.ExclusiveAttach, p.LateCalls = backends.ClassExclusive, true, b.cfg.LateCalls

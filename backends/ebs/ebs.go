@@ -150,7 +150,7 @@ func (b *Backend) Properties() backends.Properties {
 	return backends.Properties{
 		Name: "ebs", Class: backends.ClassExclusive, ExclusiveAttach: true,
 		AllocationUnit: gib, MinSize: gib, MaxSize: 65536 * gib,
-		LateCalls: b.cfg.LateCalls, Options: backends.Options[options](),
+		LateCalls: b.cfg.LateCalls, Options: backends.Options[options](), Profiles: b.cfg.names(),
 	}
 }
 

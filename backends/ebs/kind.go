@@ -66,10 +66,14 @@ func (c Config) profile(name string) (Profile, error) {
 	if p, ok := builtin[name]; ok {
 		return p, nil
 	}
+	return Profile{}, fmt.Errorf("there is no profile %q; use %s: %w", name, strings.Join(c.names(), ", "), backends.ErrInvalid)
+}
+
+// names are those that profile takes.
+func (c Config) names() []string {
 	known := maps.Clone(builtin)
 	maps.Copy(known, c.Profiles)
-	return Profile{}, fmt.Errorf("there is no profile %q; use %s: %w",
-		name, strings.Join(slices.Sorted(maps.Keys(known)), ", "), backends.ErrInvalid)
+	return slices.Sorted(maps.Keys(known))
 }
 
 // kind returns what a volume is to be: its profile, and over it the options.

@@ -33,6 +33,7 @@ func (c *cli) root() *cobra.Command {
 	root.PersistentFlags().StringVar(&c.socket, "socket", cmp.Or(c.socket, api.Socket), "the plugin's control `socket`; FLOCKER_CONTROL in the environment is the same")
 	root.AddCommand(
 		c.group("node", "The hosts of the cluster", c.nodeLs(), c.confirmDead()),
+		c.group("backend", "The storage backends of this host", c.backendLs()),
 		c.group("volume", "Repairs of volumes", c.reinstate()),
 		c.group("cluster", "Repairs of the cluster as a whole", c.acceptRestore()),
 	)
@@ -104,6 +105,52 @@ func (c *cli) nodeLs() *cobra.Command {
 			return nil
 		},
 	}
+}
+
+func (c *cli) backendLs() *cobra.Command {
+	return &cobra.Command{
+		Use:   "ls",
+		Short: "List this host's storage backends and whether they answer",
+		Long: "List this host's storage backends and whether they answer.\n\n" +
+			"CLASS says what stops a host that is silent: F1 and F2, the storage by itself;\n" +
+			"F3 and F0, nothing but an operator. PROFILES and OPTIONS are what docker volume\n" +
+			"create takes for volumes there. What is wrong with a backend that does not\n" +
+			"answer stands below.",
+		Example: c.example("backend ls"),
+		Args:    none,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			all, err := c.client().Backends(cmd.Context())
+			if err != nil {
+				return &failure{err}
+			}
+			w := tabwriter.NewWriter(c.out, 0, 0, 3, ' ', 0)
+			fmt.Fprintln(w, "BACKEND\tTYPE\tCLASS\tSTATE\tPROFILES\tOPTIONS")
+			var wrong strings.Builder
+			for _, b := range all {
+				name, state := b.Name, "answers"
+				if b.Default {
+					name += " (default)"
+				}
+				if b.Error != "" {
+					state = "does not answer"
+					fmt.Fprintf(&wrong, "%s: %s\n", b.Name, b.Error)
+				}
+				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", name, b.Type, b.Class, state, list(b.Profiles), list(b.Options))
+			}
+			if err := w.Flush(); err != nil {
+				return &failure{fmt.Errorf("print the table: %w", err)}
+			}
+			fmt.Fprint(c.out, wrong.String())
+			return nil
+		},
+	}
+}
+
+func list(words []string) string {
+	if len(words) == 0 {
+		return "-"
+	}
+	return strings.Join(words, ", ")
 }
 
 func state(n api.Node) string {

@@ -19,7 +19,9 @@ import (
 	"github.com/sirupsen/logrus"
 	"github.com/spf13/cobra"
 
+	"github.com/flocker-plugin/flocker/backends"
 	"github.com/flocker-plugin/flocker/control"
+	"github.com/flocker-plugin/flocker/driver"
 	"github.com/flocker-plugin/flocker/driver/ownership"
 )
 
@@ -40,6 +42,8 @@ type fake struct {
 	err   error                  // if anything else is
 	calls []string
 	death ownership.Death
+
+	backends []driver.BackendStatus
 }
 
 // set changes what it answers, and forgets what it was asked.
@@ -98,6 +102,8 @@ func (f *fake) List(context.Context) ([]ownership.View, error) {
 	}
 	return views, nil
 }
+
+func (f *fake) Backends(context.Context) []driver.BackendStatus { return f.backends }
 
 func (f *fake) Silence(string) (time.Duration, bool) { return 34500 * time.Millisecond, true }
 
@@ -177,6 +183,18 @@ func TestNodeLs(t *testing.T) {
 		"c        declared dead                   0                    n3\n" +
 		"d        live, declared dead, cordoned   0         b4         n4\n", ""})
 	want(t, "node ls of none", command(t, serve(t, &fake{nodes: []ownership.NodeStatus{}}), "", "node", "ls"), result{0, "HOST   STATE   VOLUMES   BOOT   ID\n", ""})
+}
+
+func TestBackendLs(t *testing.T) {
+	socket := serve(t, &fake{backends: []driver.BackendStatus{
+		{Properties: backends.Properties{Name: "gold", Type: "csi", Class: "F1", Profiles: []string{"fast", "slow"}}, Err: errors.New("the CSI driver's socket does not answer")},
+		{Properties: backends.Properties{Name: "loopback", Type: "loopback", Class: "F0", Options: []backends.Option{{Name: "preallocate"}}}, Default: true},
+	}})
+	want(t, "backend ls", command(t, socket, "", "backend", "ls"), result{0, "" +
+		"BACKEND              TYPE       CLASS   STATE             PROFILES     OPTIONS\n" +
+		"gold                 csi        F1      does not answer   fast, slow   -\n" +
+		"loopback (default)   loopback   F0      answers           -            preallocate\n" +
+		"gold: the CSI driver's socket does not answer\n", ""})
 }
 
 const dead = "host a (boot 9f3c1a2b) is recorded as dead. "

@@ -29,6 +29,27 @@ type Nodes struct {
 	Nodes []Node `json:"nodes"`
 }
 
+// Backend is a storage backend of the host that answers.
+type Backend struct {
+	// Name is what follows -o backend=, and Type the kind of storage system.
+	Name string `json:"name"`
+	Type string `json:"type"`
+	// Class is F0 to F3: what stops a host that is silent.
+	Class string `json:"class"`
+	// Default is set for the backend of volumes that name none.
+	Default bool `json:"default,omitempty"`
+	// Profiles are what follows -o profile=, and Options the names of its own options.
+	Profiles []string `json:"profiles,omitempty"`
+	Options  []string `json:"options,omitempty"`
+	// Error is why it cannot be used now; empty if it answers.
+	Error string `json:"error,omitempty"`
+}
+
+// Backends answers GET /v1/backends.
+type Backends struct {
+	Backends []Backend `json:"backends"`
+}
+
 // Death is the record that one boot of a node is dead.
 type Death struct {
 	Node    string    `json:"node"`

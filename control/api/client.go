@@ -45,6 +45,13 @@ func (c *Client) Nodes(ctx context.Context) ([]Node, error) {
 	return answer.Nodes, err
 }
 
+// Backends lists the backends of the plugin's host.
+func (c *Client) Backends(ctx context.Context) ([]Backend, error) {
+	var answer Backends
+	err := c.do(ctx, http.MethodGet, "/v1/backends", nil, &answer)
+	return answer.Backends, err
+}
+
 // ConfirmDead declares a host, given by its name or its node's id, dead. An Error
 // with status 409 says that it is live.
 func (c *Client) ConfirmDead(ctx context.Context, host string, body Confirmation) (Confirmed, error) {

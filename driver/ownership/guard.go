@@ -83,6 +83,18 @@ func leapt(revision, before int64) error {
 	return fmt.Errorf("etcd is at revision %d and was at %d not long before: it has been put back to an older state, with its revision raised; %s", revision, before, accept)
 }
 
+// Join returns the cluster's UUID, which a node that was never part of it has to ask
+// for, or makes, before it registers.
+func (m *Map) Join(ctx context.Context) (cluster string, err error) {
+	if known := m.Seen().Cluster; known != "" {
+		return known, nil
+	}
+	if err := m.join(ctx); err != nil {
+		return "", err
+	}
+	return m.Cluster(), nil
+}
+
 // join reads meta, or makes it, and refuses a cluster that is not the one this
 // node knows.
 func (m *Map) join(ctx context.Context) error {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"sync"
 	"time"
 )
@@ -158,6 +159,9 @@ func (m *Map) register(ctx context.Context) error {
 	}
 	node := m.me
 	node.Session = ""
+	// A storage system that does not answer now knew this node by the name it knew it
+	// by before.
+	var known map[string]string
 	if kv := state.kv(0); kv != nil {
 		old, err := decodeNode(*kv)
 		if err != nil {
@@ -166,13 +170,11 @@ func (m *Map) register(ctx context.Context) error {
 		if old.State == "lost" || old.State == "removed" {
 			return fmt.Errorf("node %s (host %s) is marked %s in the cluster", m.me.ID, old.Host, old.State)
 		}
-		node.State = old.State
+		node.State, known = old.State, old.Identities
 	}
-	if m.cfg.Identify != nil {
-		if node.Identities, err = m.cfg.Identify(ctx); err != nil {
-			return err
-		}
-	}
+	m.mu.Lock()
+	node.Identities = merge(known, m.identities)
+	m.mu.Unlock()
 	former := state.kv(1)
 	if former != nil {
 		if err := m.mayFollow(*former); err != nil {
@@ -229,6 +231,66 @@ func (m *Map) register(ctx context.Context) error {
 		close(m.registered)
 	}
 	return nil
+}
+
+// merge returns what either of two maps has, the second one going first.
+func merge(a, b map[string]string) map[string]string {
+	if len(a)+len(b) == 0 {
+		return nil
+	}
+	all := make(map[string]string, len(a)+len(b))
+	maps.Copy(all, a)
+	maps.Copy(all, b)
+	return all
+}
+
+// Identified records by what name the storage system behind a backend knows this node:
+// those need it who may have to fence the node. Nothing may be attached here before it
+// is recorded. It stays until another one is.
+func (m *Map) Identified(ctx context.Context, backend, identity string) error {
+	m.mu.Lock()
+	m.identities = merge(m.identities, map[string]string{backend: identity})
+	m.mu.Unlock()
+	for wait := (backoff{first: 10 * time.Millisecond, most: m.cfg.Timeout}); ; {
+		lease, err := m.valid()
+		if err != nil {
+			return err
+		}
+		recorded, err := m.identify(ctx, lease, backend, identity)
+		if err != nil || recorded {
+			return err
+		}
+		if !wait.sleep(ctx) {
+			return unavailable(context.Cause(ctx))
+		}
+	}
+}
+
+// identify is one try of Identified.
+func (m *Map) identify(ctx context.Context, lease int64, backend, identity string) (recorded bool, err error) {
+	state, err := m.read(ctx, get(m.node(m.me.ID)), get(m.live(m.me.ID)))
+	if err != nil {
+		return false, err
+	}
+	if live := state.kv(1); live == nil || live.Lease != lease {
+		return false, m.lost()
+	}
+	kv := state.kv(0)
+	if kv == nil {
+		return false, m.lost()
+	}
+	node, err := decodeNode(*kv)
+	if err != nil || node.Identities[backend] == identity {
+		return err == nil, err
+	}
+	node.Identities = merge(node.Identities, map[string]string{backend: identity})
+	key := m.node(m.me.ID)
+	res, err := m.write(ctx, Txn{
+		If:   []Cmp{mod(key, kv.ModRevision), onLease(m.live(m.me.ID), lease)},
+		Then: []Op{put(key, encode(node))},
+		Else: []Op{get(key)},
+	})
+	return res.Succeeded, err // if not, it is read again: a registration, or an earlier send of this, came first
 }
 
 func revisionOf(kv *KV) int64 {

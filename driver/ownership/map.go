@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -31,10 +32,6 @@ type Config struct {
 	// Now is a clock that does not stop when the machine sleeps. Default
 	// CLOCK_BOOTTIME.
 	Now func() time.Duration
-	// Identify, if set, is asked at each registration by what names the storage
-	// systems know this node, by backend: they are in the node's record for those who
-	// may have to fence it. Without an answer it does not register.
-	Identify func(ctx context.Context) (map[string]string, error)
 	// Healthy, if set, is asked before each renewal: a process that no longer works
 	// must not go on looking alive.
 	Healthy func() error
@@ -105,6 +102,8 @@ type Map struct {
 	// volumes are those of the last List, by key: decoding a thousand takes longer
 	// than reading them.
 	volumes atomic.Pointer[map[string]Volume]
+
+	identities map[string]string // Node.Identities, as far as known; guarded by mu
 }
 
 // bucket is the lease of the audit lines written within an hour, or within a day
@@ -144,7 +143,7 @@ func New(store Store, node Node, cfg Config) *Map {
 		store: store, me: node, cfg: cfg, root: cfg.Prefix + "/v1/", log: cfg.Log,
 		registered: make(chan struct{}), registrations: make(chan struct{}, 1), poke: make(chan struct{}, 1),
 		why:   errors.New("this node has not registered in etcd yet"),
-		older: cfg.Seen.Older,
+		older: cfg.Seen.Older, identities: maps.Clone(node.Identities),
 	}
 	m.revision.Store(cfg.Seen.Revision)
 	m.at.Store(cfg.Seen.At)

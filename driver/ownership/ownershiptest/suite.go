@@ -96,6 +96,8 @@ func Run(t *testing.T, cfg Config) {
 		{"SeizeRace", seizeRace},
 		{"SeizeMeanwhile", seizeMeanwhile},
 		{"SeizeIdentities", seizeIdentities},
+		{"Identified", identified},
+		{"Joins", joins},
 		{"SeizeRebooted", seizeRebooted},
 		{"SeizeConfirmed", seizeConfirmed},
 		{"SeizePending", seizePending},

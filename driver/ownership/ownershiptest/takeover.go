@@ -302,9 +302,87 @@ func seizeIdentities(r *rig) {
 		r.join30(next).dies()
 	})
 	p := b.seize(o, ownership.GroundsSilent)
-	if got := p.Pending.Identities; len(got) != 1 || got["ebs"] != "i-other" {
-		r.Errorf("identities are %v, want those of the last registration", got)
+	if got := p.Pending.Identities; len(got) != 2 || got["ebs"] != "i-other" || got["rbd"] != "10.0.0.a" {
+		r.Errorf("identities are %v, want those of the last registration, and of the one before what that did not know", got)
 	}
+}
+
+// A name that is learnt later is in the record before Identified returns, and stays
+// there, whatever its process, or the next one, comes to know.
+func identified(r *rig) {
+	a, b := r.node("a"), r.node("b")
+	names := func() map[string]string {
+		r.Helper()
+		all, err := b.Nodes(r.Context())
+		r.ok(err)
+		return all[0].Identities
+	}
+	r.ok(a.Identified(r.Context(), "ebs", "i-1"))
+	if got := names(); len(got) != 1 || got["ebs"] != "i-1" {
+		r.Fatalf("names are %v", got)
+	}
+	before := r.keys("node", "a")[0].ModRevision
+	r.ok(a.Identified(r.Context(), "ebs", "i-1"))
+	if now := r.keys("node", "a")[0].ModRevision; now != before {
+		r.Error("what is there already was written again")
+	}
+	for what, fault := range ambiguous {
+		a.once(fault)
+		r.ok(a.Identified(r.Context(), "san", what))
+		if got := names(); len(got) != 2 || got["san"] != what {
+			r.Errorf("%s: names are %v", what, got)
+		}
+	}
+	a.followed(func() { r.put(`{"id":"a","host":"host-a","boot":"boot-a","identities":{"x":"y"}}`, "node", "a") })
+	r.ok(a.Identified(r.Context(), "san", "later"))
+	if got := names(); len(got) != 2 || got["san"] != "later" || got["x"] != "y" {
+		r.Errorf("written meanwhile: names are %v", got)
+	}
+	a.bad.Inject(nil)
+
+	// What this process knows is in each of its registrations, and what it does not know
+	// stays from before.
+	r.put(`{"id":"a","host":"host-a","boot":"boot-a","identities":{"x":"z"}}`, "node", "a")
+	r.ok(r.store.Revoke(r.Context(), r.keys("live", "a")[0].Lease))
+	r.eventually("the next registration", func() bool { return len(names()) == 3 })
+	if got := names(); got["ebs"] != "i-1" || got["san"] != "later" || got["x"] != "z" {
+		r.Errorf("registered again: names are %v", got)
+	}
+	a.dies()
+	r.is(a.Identified(r.Context(), "san", "later"), ownership.ErrUnavailable)
+	r.join30(identity("a"))
+	if got := names(); len(got) != 3 {
+		r.Errorf("the next process: names are %v", got)
+	}
+	v := b.volume("v")
+	c := r.node("c")
+	o := c.claim(v.ID)
+	r.ok(c.Identified(r.Context(), "ebs", "i-c"))
+	c.dies()
+	if p := b.seize(o, ownership.GroundsSilent); p.Pending.Identities["ebs"] != "i-c" {
+		r.Errorf("to be fenced by %v", p.Pending.Identities)
+	}
+}
+
+// A node learns its cluster before it registers.
+func joins(r *rig) {
+	m := ownership.New(r.store, identity("a"), ownership.Config{Prefix: r.cluster.Prefix})
+	cluster, err := m.Join(r.Context())
+	r.ok(err)
+	if cluster == "" || len(r.keys("live", "")) != 0 {
+		r.Fatalf("joined cluster %q", cluster)
+	}
+	if got := r.node("b").Cluster(); got != cluster {
+		r.Errorf("the next one is in %s, not %s", got, cluster)
+	}
+	known := ownership.New(ownership.NewMemory().Client(), identity("c"), ownership.Config{Seen: ownership.Seen{Cluster: "known"}})
+	if got, err := known.Join(r.Context()); err != nil || got != "known" {
+		r.Errorf("one that knows its cluster: got %s, %v", got, err)
+	}
+	broken := ownership.NewMemory().Client()
+	broken.Inject(func(string) ownership.Fault { return ownership.Fault{Refused: true} })
+	_, err = ownership.New(broken, identity("d"), ownership.Config{}).Join(r.Context())
+	r.is(err, ownership.ErrUnavailable)
 }
 
 func seizeRebooted(r *rig) {
