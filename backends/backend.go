@@ -55,6 +55,9 @@ type Properties struct {
 	// a newer one: for a system that names an attachment by volume and node alone. 0
 	// where each attachment has an id of its own, or the calls are local.
 	LateCalls time.Duration
+	// FenceTime is how long a Fence may take, such as until a node is switched off; 0 is
+	// half a minute.
+	FenceTime time.Duration
 	// Options are the backend's own create options, besides those every volume has.
 	Options []Option
 	// Profiles are what users may write after -o profile=, sorted.

@@ -462,6 +462,8 @@ func (d *Driver) close(ctx context.Context, ds *dataset) error {
 	switch {
 	case err == nil:
 		ds.written = ds.att
+	case errors.Is(err, fs.ErrNotExist) && (ds.lost != "" || ds.allWritten()):
+		err = nil // nobody has open what is not there
 	case !errors.Is(err, mount.ErrUnwritten):
 		ds.written = nil // whoever has it may write to it
 	case ds.allWritten():

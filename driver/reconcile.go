@@ -127,16 +127,24 @@ func (d *Driver) findAttachment(ctx context.Context, ds *dataset) error {
 }
 
 // locked does something to a volume in the background, with its lock: within a
-// minute, waiting for the lock included, or not at all.
+// minute, waiting for the lock included, or not at all. A takeover that is to be
+// finished has the time of its fence besides.
 func (d *Driver) locked(ctx context.Context, vid string, do func(context.Context, *dataset)) {
 	ds, done := d.hold(vid)
 	defer done()
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
-	defer cancel()
-	if ds.acquire(ctx) == nil {
-		defer ds.unlock()
-		do(ctx, ds)
+	deadline := time.Now().Add(time.Minute)
+	soon, giveUp := context.WithDeadline(ctx, deadline)
+	defer giveUp()
+	if ds.acquire(soon) != nil {
+		return
 	}
+	defer ds.unlock()
+	if ds.pending != nil {
+		deadline = deadline.Add(d.fenceTime(ds.vol))
+	}
+	bounded, cancel := context.WithDeadline(ctx, deadline)
+	defer cancel()
+	do(bounded, ds)
 }
 
 // confirm compares what this node believes to own with etcd, once etcd answers.
@@ -493,7 +501,11 @@ func (d *Driver) recheck(ctx context.Context, vid string) {
 		d.lose(bounded, ds)
 	}
 	d.checkHealth(bounded, ds)
-	if ds.refs.total() == 0 && ds.lost == "" && ds.pending == nil && time.Now().Before(ds.lingers) {
+	if ds.pending != nil {
+		d.schedule(ds, 0) // with the time it may take
+		return
+	}
+	if ds.refs.total() == 0 && ds.lost == "" && time.Now().Before(ds.lingers) {
 		return
 	}
 	d.tidy(bounded, ds)

@@ -27,8 +27,16 @@ import (
 // finds it so goes on with the fence: this process after a failure, the next one
 // of this host after a crash, another host once this one is silent.
 
-// fenceTimeout bounds one call of a Fencer.
+// fenceTimeout bounds one call of a Fencer that needs no more.
 const fenceTimeout = 30 * time.Second
+
+// fenceTime bounds one call of a volume's Fencer.
+func (d *Driver) fenceTime(vol ownership.Volume) time.Duration {
+	if backend, err := d.backendOf(vol); err == nil {
+		return cmp.Or(backend.Properties().FenceTime, fenceTimeout)
+	}
+	return fenceTimeout
+}
 
 // takeOver takes a volume from an owner that is not heard from. again says to
 // claim anew: the owner changed, or is back. The dataset's lock is held.
@@ -272,7 +280,7 @@ func (d *Driver) fence(ctx context.Context, ds *dataset, from ownership.Pending)
 		}
 		return "", d.explain(ds.vol.Name, err)
 	}
-	bounded, cancel := context.WithTimeout(ctx, fenceTimeout)
+	bounded, cancel := context.WithTimeout(ctx, d.fenceTime(ds.vol))
 	defer cancel()
 	evidence, err = fencer.Fence(bounded, backends.FenceRequest{
 		Ref: ds.vol.Ref, Volume: ds.id, Node: from.Node, Identity: from.Identities[ds.vol.Backend], Token: from.Token,

@@ -193,6 +193,7 @@ func (b *Backend) Properties() backends.Properties {
 	}
 	if b.cfg.Fences {
 		p.Class, p.ExclusiveAttach, p.LateCalls = backends.ClassExclusive, true, b.cfg.LateCalls
+		p.FenceTime = 4 * b.cfg.CallTimeout // a call that was not answered is made again
 	}
 	return p
 }

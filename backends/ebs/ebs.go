@@ -150,7 +150,8 @@ func (b *Backend) Properties() backends.Properties {
 	return backends.Properties{
 		Name: "ebs", Class: backends.ClassExclusive, ExclusiveAttach: true,
 		AllocationUnit: gib, MinSize: gib, MaxSize: 65536 * gib,
-		LateCalls: b.cfg.LateCalls, Options: backends.Options[options](), Profiles: b.cfg.names(),
+		LateCalls: b.cfg.LateCalls, FenceTime: 5 * time.Minute, // an instance that stops by force may take as long
+		Options: backends.Options[options](), Profiles: b.cfg.names(),
 	}
 }
 
