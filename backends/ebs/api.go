@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
@@ -32,11 +33,14 @@ const callTimeout = 10 * time.Second
 
 // conn is EC2 as this instance sees it.
 type conn struct {
-	ec2                    *ec2.Client
+	ec2                    calls
 	region, zone, instance string
+	// refused says that EC2 does not take the credentials, which are read anew then.
+	refused atomic.Bool
 }
 
-// connect finds out who and where this instance is, once.
+// connect finds out who and where this instance is, once as long as EC2 takes its
+// credentials.
 func (b *Backend) connect(ctx context.Context) (*conn, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, backends.Classify(backends.ErrUnavailable, err)
@@ -44,7 +48,7 @@ func (b *Backend) connect(ctx context.Context) (*conn, error) {
 	b.mu.Lock()
 	c := b.conn
 	b.mu.Unlock()
-	if c != nil {
+	if c != nil && !c.refused.Load() {
 		return c, nil
 	}
 	load := []func(*config.LoadOptions) error{config.WithRegion(b.cfg.Region), config.WithLogger(logging.Nop{})}
@@ -66,7 +70,7 @@ func (b *Backend) connect(ctx context.Context) (*conn, error) {
 	}
 	cfg.Region = c.region
 	limiter := rate.NewLimiter(rate.Limit(b.cfg.CallsPerSecond), int(8*b.cfg.CallsPerSecond))
-	c.ec2 = ec2.NewFromConfig(cfg, func(o *ec2.Options) {
+	c.ec2 = callsOf(ec2.NewFromConfig(cfg, func(o *ec2.Options) {
 		if b.cfg.Endpoint != "" {
 			o.BaseEndpoint = &b.cfg.Endpoint
 		}
@@ -76,13 +80,46 @@ func (b *Backend) connect(ctx context.Context) (*conn, error) {
 				o.MaxAttempts, o.MaxBackoff, o.RateLimiter = 8, b.pace.most, ratelimit.None
 			})
 		})
-	})
+	}))
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.conn == nil {
+	if b.conn == nil || b.conn.refused.Load() {
 		b.conn = c
 	}
 	return b.conn, nil
+}
+
+// calls are what is used of EC2. If the SDK's client itself were kept in a struct, or
+// given to its paginators, the linker would keep each of its hundreds of calls, which
+// are as large as everything else together.
+type calls struct {
+	AttachVolume          call[ec2.AttachVolumeInput, ec2.AttachVolumeOutput]
+	CreateTags            call[ec2.CreateTagsInput, ec2.CreateTagsOutput]
+	CreateVolume          call[ec2.CreateVolumeInput, ec2.CreateVolumeOutput]
+	DeleteTags            call[ec2.DeleteTagsInput, ec2.DeleteTagsOutput]
+	DeleteVolume          call[ec2.DeleteVolumeInput, ec2.DeleteVolumeOutput]
+	DescribeInstanceTypes call[ec2.DescribeInstanceTypesInput, ec2.DescribeInstanceTypesOutput]
+	DescribeInstances     call[ec2.DescribeInstancesInput, ec2.DescribeInstancesOutput]
+	DescribeVolumes       call[ec2.DescribeVolumesInput, ec2.DescribeVolumesOutput]
+	DetachVolume          call[ec2.DetachVolumeInput, ec2.DetachVolumeOutput]
+	StopInstances         call[ec2.StopInstancesInput, ec2.StopInstancesOutput]
+}
+
+type call[Q, R any] func(ctx context.Context, in *Q, options ...func(*ec2.Options)) (*R, error)
+
+func callsOf(c *ec2.Client) calls {
+	return calls{
+		AttachVolume:          c.AttachVolume,
+		CreateTags:            c.CreateTags,
+		CreateVolume:          c.CreateVolume,
+		DeleteTags:            c.DeleteTags,
+		DeleteVolume:          c.DeleteVolume,
+		DescribeInstanceTypes: c.DescribeInstanceTypes,
+		DescribeInstances:     c.DescribeInstances,
+		DescribeVolumes:       c.DescribeVolumes,
+		DetachVolume:          c.DetachVolume,
+		StopInstances:         c.StopInstances,
+	}
 }
 
 // askInstance asks the instance's metadata service, by its second version only.
@@ -241,17 +278,18 @@ func filter(name string, values ...string) types.Filter {
 // list returns all volumes that fit, or an error.
 func (b *Backend) list(ctx context.Context, c *conn, filters ...types.Filter) ([]*volume, error) {
 	var all []*volume
-	pages := ec2.NewDescribeVolumesPaginator(c.ec2, &ec2.DescribeVolumesInput{Filters: filters, MaxResults: aws.Int32(500)})
-	for pages.HasMorePages() {
-		page, err := pages.NextPage(ctx)
+	for in := (&ec2.DescribeVolumesInput{Filters: filters, MaxResults: aws.Int32(500)}); ; {
+		page, err := c.ec2.DescribeVolumes(ctx, in)
 		if err != nil {
 			return nil, c.explain(ctx, err, "DescribeVolumes")
 		}
 		for _, v := range page.Volumes {
 			all = append(all, c.volume(v))
 		}
+		if in.NextToken = page.NextToken; aws.ToString(in.NextToken) == "" {
+			return all, nil
+		}
 	}
-	return all, nil
 }
 
 // batch makes one call of the looks at volumes that come at the same time.
@@ -391,6 +429,9 @@ var advice = map[string]struct {
 	"InvalidVolume.NotEncryptedKmsMissing": {backends.ErrInvalid, "check kms_key_id"},
 }
 
+// credentialCodes are EC2's words for credentials that it does not take.
+var credentialCodes = []string{"AuthFailure", "InvalidClientTokenId", "UnrecognizedClientException", "SignatureDoesNotMatch", "ExpiredToken"}
+
 // explain says in words what EC2's answer, or its silence, means.
 func (c *conn) explain(ctx context.Context, err error, call string) error {
 	if err == nil {
@@ -406,6 +447,9 @@ func (c *conn) explain(ctx context.Context, err error, call string) error {
 			text = "no AWS credentials for EC2 in %s (%s): give the instance a role, or set credentials_file: %w"
 		}
 		return backends.Classify(backends.ErrUnavailable, fmt.Errorf(text, c.region, call, err))
+	}
+	if slices.Contains(credentialCodes, api.ErrorCode()) {
+		c.refused.Store(true)
 	}
 	a, known := advice[api.ErrorCode()]
 	switch {

@@ -94,10 +94,11 @@ func TestWrongCredentials(t *testing.T) {
 	}
 	s.cfg = func(cfg *ebs.Config) { cfg.CredentialsFile = path }
 	write("AKIAWRONG")
-	_, err := s.backend(s.cluster, "node-a").List(t.Context())
+	a := s.backend(s.cluster, "node-a")
+	_, err := a.List(t.Context())
 	want(t, err, backends.ErrUnavailable, "list volumes", "AuthFailure", "check credentials_file, or the role of this instance")
-	write(key)
-	if vols, err := s.backend(s.cluster, "node-a").List(t.Context()); err != nil || len(vols) != 1 {
+	write(key) // and no new process
+	if vols, err := a.List(t.Context()); err != nil || len(vols) != 1 {
 		t.Errorf("with the right key: got %v, %v", vols, err)
 	}
 	t.Setenv("AWS_ACCESS_KEY_ID", "")
