@@ -255,7 +255,7 @@ func (b *backend) ready(ctx context.Context) error {
 // A process that starts asks for the attachments of each volume it had. A backend that
 // takes its time over an error is not asked again at once.
 const (
-	attachmentsLimit = 5 * time.Second
+	attachmentsLimit = 10 * time.Second
 	attachmentsSlow  = time.Second
 	attachmentsPause = 5 * time.Second
 )

@@ -69,6 +69,18 @@ type Options struct {
 	Secrets map[string]string
 	// Page is how many volumes are listed at a time; 0 is 100.
 	Page int
+	// Elsewhere are the nodes that have a mount namespace of their own.
+	Elsewhere map[string]Elsewhere
+}
+
+// Elsewhere is a node with another mount namespace than the driver's, by the same /dev.
+type Elsewhere struct {
+	// Socket is where the driver serves the node.
+	Socket string
+	// Path is where a path of the node is to be found here.
+	Path func(path string) string
+	// Run runs a command in the node's namespace.
+	Run func(args ...string) error
 }
 
 // Fault is what happens to one call.
@@ -213,6 +225,9 @@ func (d *Driver) Node(name string) (endpoint string, err error) {
 	n := d.nodes[name]
 	if n == nil {
 		n = &node{name: name, socket: filepath.Join(d.dir, fmt.Sprintf("%d.sock", len(d.nodes)))}
+		if e, ok := d.opts.Elsewhere[name]; ok {
+			n.socket = e.Socket
+		}
 		d.nodes[name] = n
 	}
 	if n.server == nil && !d.down {
@@ -268,9 +283,9 @@ func (d *Driver) Close() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for _, v := range d.volumes {
-		for _, s := range v.staged {
+		for node, s := range v.staged {
 			for target := range s.targets {
-				err = errors.Join(err, unplace(target))
+				err = errors.Join(err, d.unplace(node, target))
 			}
 			err = errors.Join(err, s.loop.clear())
 		}
@@ -606,12 +621,12 @@ func (s *service) DeleteVolume(_ context.Context, req *csi.DeleteVolumeRequest) 
 	if err := os.Remove(d.file(v.id)); err != nil {
 		return nil, status.Error(codes.Internal, err.Error())
 	}
-	for _, st := range v.staged { // cut off, and left
+	for node, st := range v.staged { // cut off, and left
 		if err := st.loop.clear(); err != nil {
 			return nil, status.Error(codes.Internal, err.Error())
 		}
 		for target := range st.targets {
-			_ = unplace(target) // its node will be told that there is no such volume
+			_ = d.unplace(node, target) // its node will be told that there is no such volume
 		}
 	}
 	delete(d.volumes, v.id)

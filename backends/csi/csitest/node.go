@@ -64,7 +64,7 @@ func (s *service) NodeStageVolume(_ context.Context, req *csi.NodeStageVolumeReq
 	if err != nil {
 		return nil, err
 	}
-	if info, err := os.Stat(req.GetStagingTargetPath()); err != nil || !info.IsDir() {
+	if info, err := os.Stat(d.path(s.node, req.GetStagingTargetPath())); err != nil || !info.IsDir() {
 		return nil, invalid("the staging path is no directory")
 	}
 	if st := v.staged[s.node]; st != nil {
@@ -141,7 +141,7 @@ func (s *service) NodePublishVolume(_ context.Context, req *csi.NodePublishVolum
 		d.violation("volume %s was published on %s at two paths", v.name, s.node)
 		return nil, status.Error(codes.FailedPrecondition, "the volume is published at another path")
 	}
-	if err := d.place(st.loop, req.GetTargetPath()); err != nil {
+	if err := d.place(s.node, st.loop, req.GetTargetPath()); err != nil {
 		if !d.opts.Stage {
 			err = errors.Join(err, st.loop.clear())
 			delete(v.staged, s.node)
@@ -167,7 +167,7 @@ func (s *service) NodeUnpublishVolume(_ context.Context, req *csi.NodeUnpublishV
 	if st == nil || !st.targets[req.GetTargetPath()] {
 		return &csi.NodeUnpublishVolumeResponse{}, nil
 	}
-	if err := unplace(req.GetTargetPath()); err != nil {
+	if err := d.unplace(s.node, req.GetTargetPath()); err != nil {
 		return nil, status.Error(codes.Internal, err.Error())
 	}
 	delete(st.targets, req.GetTargetPath())
@@ -202,8 +202,17 @@ func (s *service) NodeExpandVolume(_ context.Context, req *csi.NodeExpandVolumeR
 	return &csi.NodeExpandVolumeResponse{CapacityBytes: v.size}, nil
 }
 
+// path is where a path of a node is to be found here.
+func (d *Driver) path(node, path string) string {
+	if e, ok := d.opts.Elsewhere[node]; ok {
+		return e.Path(path)
+	}
+	return path
+}
+
 // place puts a device at a target path.
-func (d *Driver) place(l *loop, target string) error {
+func (d *Driver) place(node string, l *loop, inside string) error {
+	target := d.path(node, inside)
 	if d.opts.MountOnly {
 		return os.MkdirAll(target, 0o700)
 	}
@@ -221,12 +230,20 @@ func (d *Driver) place(l *loop, target string) error {
 	if err := f.Close(); err != nil {
 		return err
 	}
+	if e, ok := d.opts.Elsewhere[node]; ok {
+		return e.Run("mount", "--bind", l.path, inside)
+	}
 	return os.NewSyscallError("mount", unix.Mount(l.path, target, "", unix.MS_BIND, ""))
 }
 
 // unplace removes what is at a target path.
-func unplace(target string) error {
-	if err := unix.Unmount(target, 0); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+func (d *Driver) unplace(node, inside string) error {
+	target := d.path(node, inside)
+	if e, ok := d.opts.Elsewhere[node]; ok && !d.opts.Mknod {
+		if err := e.Run("umount", inside); err != nil {
+			return err
+		}
+	} else if err := unix.Unmount(target, 0); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
 		return os.NewSyscallError("umount", err)
 	}
 	if err := os.Remove(target); err != nil && !errors.Is(err, fs.ErrNotExist) {
