@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -112,6 +113,42 @@ func TestParseBackendsRefuses(t *testing.T) {
 		got, err := parseBackends("f", []byte(text))
 		if err == nil || !strings.HasPrefix(err.Error(), want) || got != nil {
 			t.Errorf("%.60q:\ngot  %v\nwant %s", text, err, want)
+		}
+	}
+}
+
+// Whatever a Config has can be set in the file.
+func TestKinds(t *testing.T) {
+	var settable func(path string, of reflect.Type)
+	settable = func(path string, of reflect.Type) {
+		if reflect.PointerTo(of).Implements(reflect.TypeFor[encoding.TextUnmarshaler]()) {
+			return
+		}
+		switch of.Kind() {
+		case reflect.String, reflect.Bool, reflect.Int, reflect.Int32, reflect.Int64, reflect.Float64:
+		case reflect.Pointer, reflect.Slice:
+			settable(path+"[]", of.Elem())
+		case reflect.Map:
+			if of.Key().Kind() != reflect.String {
+				t.Errorf("%s: the keys of its map are of type %s", path, of.Key())
+			}
+			settable(path+".KEY", of.Elem())
+		case reflect.Struct:
+			for f := range of.Fields() {
+				key, _, _ := strings.Cut(f.Tag.Get("yaml"), ",")
+				if key == "" {
+					t.Errorf("%s.%s has no key in the file; a yaml tag gives it one, or - none", path, f.Name)
+				}
+				settable(path+"."+key, f.Type)
+			}
+		default:
+			t.Errorf("%s is a %s, which the file cannot have", path, of)
+		}
+	}
+	for name, k := range kinds {
+		settable(name, reflect.TypeOf(k.config()).Elem())
+		if k.secrets(k.config()) == nil && name != "loopback" {
+			t.Errorf("%s: no key can have a secret", name)
 		}
 	}
 }
