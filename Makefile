@@ -125,6 +125,14 @@ test-ebs: ## the EBS backend on an imitation of EC2, which boto3 judges (minutes
 	$(MAKE) --no-print-directory deps PACKAGES=python3-boto3
 	$(GO) test -race -count 1 -timeout 15m ./backends/ebs/...
 
+# Cinder for the test of the OpenStack backend, and what it needs.
+OPENSTACK := cinder-api cinder-scheduler cinder-volume rabbitmq-server qemu-utils
+
+.PHONY: test-openstack
+test-openstack: ## the OpenStack backend on a real Cinder, of Debian's packages (many minutes, as root); RUN=TestName
+	$(MAKE) --no-print-directory deps PACKAGES="$(OPENSTACK)"
+	OPENSTACK=real REQUIRE=root $(GO) test -race -count 1 -v -timeout 60m $(if $(RUN),-run '$(RUN)') ./backends/openstack/...
+
 .PHONY: test-e2e
 test-e2e: ## the tests with Docker hosts; RUN=TestName for some of them
 	@mkdir -p build

@@ -1,0 +1,386 @@
+package openstack
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"runtime"
+	"slices"
+	"time"
+
+	"github.com/flocker-plugin/flocker/backends"
+)
+
+// Connector is the backend of a node that is no server of Nova's: it has Cinder make an
+// attachment for this host, and makes the device itself.
+type Connector struct {
+	*cinder
+	loops loops
+}
+
+var _ backends.Backend = (*Connector)(nil)
+
+// Properties implements backends.Backend. Cinder keeps books and lets one host at a time
+// attach a volume, but what it does when an attachment is deleted cuts nobody off from a
+// file on NFS.
+func (b *Connector) Properties() backends.Properties {
+	return b.properties(backends.ClassNone)
+}
+
+// Attach implements backends.Backend.
+func (b *Connector) Attach(ctx context.Context, req backends.AttachRequest) (backends.Attachment, error) {
+	att, err := b.attach(ctx, req)
+	if err != nil {
+		return backends.Attachment{}, fmt.Errorf("attach volume: %w", err)
+	}
+	return att, nil
+}
+
+func (b *Connector) attach(ctx context.Context, req backends.AttachRequest) (backends.Attachment, error) {
+	none := backends.Attachment{}
+	if req.Token < 0 {
+		return none, fmt.Errorf("token %d is negative: %w", req.Token, backends.ErrInvalid)
+	}
+	unlock, err := b.locks.lock(ctx, req.Ref)
+	if err != nil {
+		return none, err
+	}
+	defer unlock()
+	a := connecting{b: b, req: req}
+	if err := b.until(ctx, b.pace.settle, "volume "+req.Ref+" is being attached", func() (bool, error) { return a.step(ctx) }); err != nil {
+		if a.changed {
+			b.seen.doubt()
+		}
+		return none, err
+	}
+	return a.att, nil
+}
+
+// connecting is an Attach under way.
+type connecting struct {
+	b       *Connector
+	req     backends.AttachRequest
+	att     backends.Attachment
+	changed bool
+	refused error
+	tries   int
+}
+
+// step looks at the volume, and does what is next.
+func (c *connecting) step(ctx context.Context) (done bool, err error) {
+	v, err := c.b.find(ctx, c.req.Ref)
+	if err != nil {
+		return false, err
+	}
+	if err := v.mayBe(c.req); err != nil {
+		return false, err
+	}
+	atts, err := c.b.attached(ctx, v.id)
+	if err != nil {
+		return false, err
+	}
+	_, here, err := c.b.loops.find(v.id)
+	if err != nil {
+		return false, err
+	}
+	for _, a := range atts {
+		if done, err := c.judge(ctx, v, a, here); done || err != nil {
+			return done, err
+		}
+	}
+	if err := v.broken(); err != nil {
+		return false, err
+	}
+	switch {
+	case len(atts) > 0 || v.status != "available":
+		return false, nil
+	case c.tries >= 4 && c.refused != nil:
+		return false, c.refused
+	}
+	return false, c.reserve(ctx, v)
+}
+
+// judge decides about an attachment that Cinder has.
+func (c *connecting) judge(ctx context.Context, v *volume, a attachment, here bool) (done bool, err error) {
+	h, ok := v.tokens[a.ID]
+	switch {
+	case !ok && a.Instance == "" && a.Status == "reserved":
+		// Whoever made it notes its token before using it, or has died.
+		if c.b.late(a.ID) {
+			return false, c.b.free(ctx, a.ID)
+		}
+		return false, nil
+	case !ok:
+		return false, v.attachedError(a.Instance)
+	case h.node != c.b.self.Node:
+		return false, fmt.Errorf("%w; if that host is off for good, type: cinder attachment-delete %s", v.attachedError(a.ID), a.ID)
+	case here && h.token != c.req.Token:
+		return false, v.attachedError(a.ID)
+	case h.token != c.req.Token:
+		// Of this host before it was started anew, or of a call that was cut short.
+		return false, c.b.release(ctx, v.id, a.ID)
+	}
+	c.changed = true
+	return c.connect(ctx, v, a)
+}
+
+// reserve has Cinder make an attachment, which nobody can use before its token is noted.
+func (c *connecting) reserve(ctx context.Context, v *volume) error {
+	for _, k := range v.keys {
+		if err := c.b.unnote(ctx, v.id, k.key); err != nil { // of attachments that are gone
+			return err
+		}
+	}
+	c.changed = true
+	c.tries++
+	var got struct {
+		Attachment attachment `json:"attachment"`
+	}
+	// gophercloud's own call would send an empty instance_uuid, which is not none.
+	err := c.b.send(ctx, request{
+		to: volumes, method: http.MethodPost, path: "attachments", into: &got,
+		body: map[string]any{"attachment": map[string]any{"volume_uuid": v.id}},
+	})
+	switch {
+	case is(err, http.StatusBadRequest, http.StatusConflict, http.StatusNotFound): // the volume's state: read it again
+		c.refused = fmt.Errorf("%w: %w", err, backends.ErrUnavailable)
+		return nil
+	case unanswered(err) && ctx.Err() == nil:
+		c.refused = err
+		return nil
+	case err != nil:
+		return err
+	}
+	err = c.b.note(ctx, v.id, keyAttachment+got.Attachment.ID, fmt.Sprintf("%d %s", c.req.Token, c.b.self.Node))
+	if err != nil {
+		return errors.Join(err, c.b.free(ctx, got.Attachment.ID))
+	}
+	return nil
+}
+
+// connect makes the device of this call's attachment, and completes that.
+func (c *connecting) connect(ctx context.Context, v *volume, a attachment) (done bool, err error) {
+	var got struct {
+		Attachment attachment `json:"attachment"`
+	}
+	if err := c.b.get(ctx, volumes, "attachments/"+a.ID, &got); err != nil {
+		return false, again(err)
+	}
+	if text(got.Attachment.Info, "driver_volume_type") == "" { // it says other things before
+		err := c.b.send(ctx, request{
+			to: volumes, method: http.MethodPut, path: "attachments/" + a.ID, into: &got,
+			body: map[string]any{"attachment": map[string]any{"connector": thisHost()}},
+		})
+		if err != nil {
+			return false, again(err)
+		}
+	}
+	if mode := text(got.Attachment.Info, "access_mode"); mode != "" && mode != "rw" {
+		return false, fmt.Errorf("%s lets this host have volume %s only %q: %w", volumes, v.id, mode, backends.ErrInvalid)
+	}
+	if encrypted, _ := got.Attachment.Info["encrypted"].(bool); encrypted {
+		return false, fmt.Errorf("volume %s is of an encrypted type, which only Nova can attach: use another volume_type: %w", v.id, backends.ErrInvalid)
+	}
+	d, err := c.b.loops.connect(ctx, v.id, got.Attachment.Info)
+	if err != nil {
+		return false, err
+	}
+	if got.Attachment.Status != "attached" {
+		err := c.b.send(ctx, request{
+			to: volumes, method: http.MethodPost, path: "attachments/" + a.ID + "/action", body: map[string]any{"os-complete": nil},
+		})
+		if err != nil {
+			return false, again(err)
+		}
+	}
+	if v.status != "in-use" {
+		return false, nil
+	}
+	c.att = backends.Attachment{ID: a.ID, Ref: v.Ref, Volume: v.ID, Node: c.b.self.Node, Token: c.req.Token, Device: d.path}
+	c.b.seen.add(d.life, c.att)
+	return true, nil
+}
+
+// again is nil for an answer after which the volume is looked at again: the attachment
+// is gone, or somebody else is changing it.
+func again(err error) error {
+	if is(err, http.StatusNotFound, http.StatusConflict, http.StatusBadRequest) {
+		return nil
+	}
+	return err
+}
+
+// thisHost is what Cinder is told of this host.
+func thisHost() map[string]any {
+	name, _ := os.Hostname()
+	return map[string]any{
+		"host": name, "os_type": "linux", "platform": runtime.GOARCH, "multipath": false, "do_local_attach": false,
+		"mode": "rw", "mountpoint": "/dev/flocker",
+	}
+}
+
+// late says that something which somebody ought to complete is seen for too long.
+func (b *cinder) late(id string) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	since, seen := b.idle[id]
+	switch {
+	case !seen:
+		b.idle[id] = time.Now()
+	case time.Since(since) > b.pace.orphan:
+		delete(b.idle, id)
+		return true
+	}
+	return false
+}
+
+// free deletes an attachment.
+func (b *cinder) free(ctx context.Context, id string) error {
+	err := b.send(ctx, request{to: volumes, method: http.MethodDelete, path: "attachments/" + id})
+	if is(err, http.StatusNotFound) {
+		return nil
+	}
+	return err
+}
+
+// release deletes an attachment, sees it gone, and forgets its token.
+func (b *cinder) release(ctx context.Context, volume, id string) error {
+	if err := b.free(ctx, id); err != nil {
+		return err
+	}
+	err := b.until(ctx, b.pace.settle, "attachment "+id+" is being deleted", func() (bool, error) {
+		atts, err := b.attached(ctx, volume)
+		return err == nil && !slices.ContainsFunc(atts, func(a attachment) bool { return a.ID == id }), err
+	})
+	if err != nil {
+		return err
+	}
+	return b.unnote(ctx, volume, keyAttachment+id)
+}
+
+// Detach implements backends.Backend.
+func (b *Connector) Detach(ctx context.Context, att backends.Attachment) error {
+	if err := b.detach(ctx, att); err != nil {
+		return fmt.Errorf("detach volume %s: %w", att.Volume, err)
+	}
+	return nil
+}
+
+func (b *Connector) detach(ctx context.Context, att backends.Attachment) error {
+	if !uuidForm.MatchString(att.Ref) {
+		return fmt.Errorf("%q is no reference to a Cinder volume: %w", att.Ref, backends.ErrInvalid)
+	}
+	unlock, err := b.locks.lock(ctx, att.Ref)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	v, err := b.look(ctx, att.Ref)
+	if err != nil {
+		return err
+	}
+	id, another := "", false
+	if v != nil && v.Cluster == b.self.Cluster {
+		if v.ID != att.Volume {
+			return fmt.Errorf("%s is volume %s: %w", v.id, v.ID, backends.ErrInvalid)
+		}
+		atts, err := b.attached(ctx, v.id)
+		if err != nil {
+			return err
+		}
+		for _, a := range atts {
+			switch h := v.tokens[a.ID]; {
+			case h.node == att.Node && h.token == att.Token:
+				id = a.ID
+			case h.node == b.self.Node:
+				another = true
+			}
+		}
+	}
+	switch {
+	case att.Node != b.self.Node && id != "":
+		return fmt.Errorf("node %s has it attached, and only its host can detach it; if that is off for good, type: cinder attachment-delete %s: %w",
+			att.Node, id, backends.ErrInvalid)
+	case att.Node != b.self.Node, another && id == "":
+		return nil // another attachment has the device
+	}
+	if err := b.loops.disconnect(ctx, att.Ref, b.pace); err != nil {
+		return err
+	}
+	if id == "" {
+		return nil
+	}
+	if err := b.release(ctx, att.Ref, id); err != nil {
+		b.seen.doubt()
+		return err
+	}
+	return nil
+}
+
+// Attachments implements backends.Backend.
+func (b *Connector) Attachments(ctx context.Context) ([]backends.Attachment, error) {
+	atts, err := b.attachments(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("list attachments: %w", err)
+	}
+	return atts, nil
+}
+
+func (b *Connector) attachments(ctx context.Context) ([]backends.Attachment, error) {
+	if ctx.Err() != nil {
+		return nil, backends.Classify(backends.ErrUnavailable, context.Cause(ctx))
+	}
+	devices, err := b.loops.devices()
+	if err != nil {
+		return nil, err
+	}
+	var lives []string
+	for _, d := range devices {
+		lives = append(lives, d.life)
+	}
+	return b.seen.attachments(lives, func(lives map[string]known) ([]backends.Attachment, bool, error) {
+		return b.askAll(ctx, devices, lives)
+	})
+}
+
+// askAll completes what is known of the devices, and returns the attachments of this
+// node that have no device, such as those of before it was started anew.
+func (b *Connector) askAll(ctx context.Context, devices []loop, lives map[string]known) (bare []backends.Attachment, pending bool, err error) {
+	for _, d := range devices {
+		if _, ok := lives[d.life]; !ok {
+			lives[d.life] = known{}
+		}
+	}
+	all, err := b.list(ctx, keyCluster, b.self.Cluster)
+	if err != nil {
+		return nil, false, err
+	}
+	for _, v := range all {
+		if !slices.ContainsFunc(v.keys, func(k tokenKey) bool { return k.node == b.self.Node }) {
+			continue
+		}
+		atts, err := b.attached(ctx, v.id)
+		if err != nil {
+			return nil, false, err
+		}
+		for _, a := range atts {
+			h := v.tokens[a.ID]
+			if h.node != b.self.Node {
+				continue
+			}
+			att := backends.Attachment{ID: a.ID, Ref: v.Ref, Volume: v.ID, Node: b.self.Node, Token: h.token}
+			i := slices.IndexFunc(devices, func(d loop) bool { return d.volume == v.id })
+			if i < 0 {
+				bare, pending = append(bare, att), true
+				continue
+			}
+			if k := lives[devices[i].life]; !k.ours {
+				att.Device = devices[i].path
+				lives[devices[i].life] = known{true, att}
+			}
+		}
+	}
+	return bare, pending, nil
+}

@@ -1,0 +1,57 @@
+package openstack
+
+import (
+	"context"
+	"time"
+
+	"github.com/flocker-plugin/flocker/backends"
+)
+
+var quick = pace{
+	first: 2 * time.Millisecond, most: 20 * time.Millisecond, settle: 10 * time.Second, orphan: 500 * time.Millisecond,
+	device: time.Second, grace: 2 * time.Second, stop: 10 * time.Second,
+}
+
+// Fast makes a backend wait for milliseconds.
+func Fast(b backends.Backend) {
+	switch b := b.(type) {
+	case *Nova:
+		b.pace = quick
+	case *Connector:
+		b.pace = quick
+	}
+}
+
+// Grace is how long a server has to let go of a volume.
+func (b *Nova) Grace(grace time.Duration) { b.pace.grace = grace }
+
+// Kernel makes a backend look for devices in other folders.
+func (b *Nova) Kernel(sysfs string, claimed func(path string) error) {
+	b.kernel = kernel{sysfs: sysfs, dev: "/dev", claimed: claimed}
+	b.kernel.node = func(path string) (string, error) { return attr(sysfs, path[len("/dev/"):], "dev") }
+}
+
+// SetNode makes the number of every device node one of another device.
+func (b *Nova) SetNode(number string) {
+	b.kernel.node = func(string) (string, error) { return number, nil }
+}
+
+// Guest makes a backend ask others who it is.
+func (b *Nova) Guest(metadata, dmi string, drive func(ctx context.Context) ([]byte, error)) {
+	b.guest = guest{metadata, dmi, drive}
+}
+
+// Claimed is ErrInUse if a device of this machine is in use.
+var Claimed = claimed
+
+// Patient makes a backend wait as long as services on a small machine need.
+func Patient(b backends.Backend) {
+	p := usual
+	p.first, p.most, p.orphan, p.device = 100*time.Millisecond, time.Second, 6*time.Second, 10*time.Second
+	switch b := b.(type) {
+	case *Nova:
+		b.pace = p
+	case *Connector:
+		b.pace = p
+	}
+}

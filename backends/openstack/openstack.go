@@ -1,0 +1,291 @@
+// Package openstack stores volumes in OpenStack's Cinder. They are attached by Nova,
+// to hosts that are its servers, or by Cinder alone (attach: connector), to any host.
+//
+// Cinder knows no idempotency key: which volume is a dataset's is settled by metadata,
+// see create.go. Nova names an attachment by volume and server; the ownership token is
+// metadata of the volume, flocker_attached_<server>_<token>, written before the volume
+// is attached. Cinder's own attachments have ids, and the token is in
+// flocker_attachment_<id>, written before the attachment can be used.
+package openstack
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"net/url"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/flocker-plugin/flocker/backends"
+)
+
+// Config is what an operator sets. Secrets are in files, or in clouds.yaml.
+type Config struct {
+	// Attach is nova, the default, or connector.
+	Attach string `yaml:"attach"`
+
+	// Cloud is an entry of clouds.yaml, which is looked for where all OpenStack
+	// clients look, or CloudsFile.
+	Cloud      string `yaml:"cloud"`
+	CloudsFile string `yaml:"clouds_file"`
+	// Without Cloud: Keystone's URL, and a user with a password or an application
+	// credential.
+	AuthURL                         string `yaml:"auth_url"`
+	Username                        string `yaml:"username"`
+	UserDomain                      string `yaml:"user_domain"`
+	PasswordFile                    string `yaml:"password_file"`
+	ProjectName                     string `yaml:"project_name"`
+	ProjectDomain                   string `yaml:"project_domain"`
+	ProjectID                       string `yaml:"project_id"`
+	ApplicationCredentialID         string `yaml:"application_credential_id"`
+	ApplicationCredentialSecretFile string `yaml:"application_credential_secret_file"`
+	// CinderURL is that of a Cinder without Keystone, which believes everybody; with
+	// ProjectID.
+	CinderURL string `yaml:"cinder_url"`
+
+	Region string `yaml:"region"`
+	// Interface is which endpoints of the catalog are used: public, internal or admin.
+	Interface string `yaml:"interface"`
+	// CAFile has the certificates that the services' are signed with.
+	CAFile string `yaml:"ca_file"`
+
+	// VolumeType and Zone are what a volume is made with; empty is Cinder's default.
+	VolumeType string `yaml:"volume_type"`
+	Zone       string `yaml:"zone"`
+	// Profiles are what the names after -o profile= mean.
+	Profiles map[string]Profile `yaml:"profiles"`
+	// GrowAttached says that the storage below Cinder can grow a volume which is
+	// attached. Where it cannot, Cinder finds out too late.
+	GrowAttached bool `yaml:"grow_attached"`
+
+	// ServerID is the UUID of this host in Nova; found out without it.
+	ServerID string `yaml:"server_id"`
+	// KeepServers makes Fence fail rather than stop a server that does not let go of a
+	// volume.
+	KeepServers bool `yaml:"keep_servers"`
+	// AllowAdminFence lets Fence take a volume in Cinder from a server whose compute
+	// host is down, when an administrator has forced that host down in Nova.
+	AllowAdminFence bool `yaml:"allow_admin_fence"`
+	// LateCalls is how long after it was sent a call may take effect; 0 is a minute.
+	LateCalls time.Duration `yaml:"late_calls"`
+
+	// Shares says where on this host the NFS shares are mounted that Cinder names,
+	// for attach: connector.
+	Shares map[string]string `yaml:"shares"`
+}
+
+// Profile is a kind of volume.
+type Profile struct {
+	VolumeType string `yaml:"volume_type"`
+	Zone       string `yaml:"zone"`
+}
+
+// options are the create options besides those every volume has.
+type options struct {
+	Type string `option:"volume_type" help:"Cinder volume type; goes before the profile's"`
+}
+
+// Self is the node a backend serves.
+type Self struct {
+	Node    string // its id in the cluster
+	Cluster string // the cluster's UUID; volumes of others are not seen
+	Name    string // of the backend, if not openstack
+}
+
+// cinder is what both ways of attaching have in common.
+type cinder struct {
+	cfg   Config
+	self  Self
+	pace  pace
+	maker string // this process
+	seen  seen
+	locks keyed // by volume, and by dataset that is made
+
+	mu   sync.Mutex // never held while anybody is asked
+	conn *conn
+	idle map[string]time.Time // since when something is seen that somebody ought to complete
+}
+
+// pace is how long to wait; a test is faster.
+type pace struct {
+	first, most time.Duration // between two looks
+	settle      time.Duration // for a volume to get into a state
+	orphan      time.Duration // after which what nobody completes was left behind
+	device      time.Duration // for a device to appear, or to go
+	grace       time.Duration // for a running server to let go of a volume
+	stop        time.Duration // for a server to stop
+}
+
+var usual = pace{
+	first: 250 * time.Millisecond, most: 5 * time.Second, settle: 2 * time.Minute, orphan: time.Minute,
+	device: 30 * time.Second, grace: 12 * time.Second, stop: 10 * time.Minute,
+}
+
+// uuidForm is how OpenStack writes the id of a volume or a server.
+var uuidForm = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
+
+// New returns the backend of one node. It asks nobody yet.
+func New(cfg Config, self Self) (backends.Backend, error) {
+	if err := cfg.check(self); err != nil {
+		return nil, fmt.Errorf("openstack: %w: %w", err, backends.ErrInvalid)
+	}
+	cfg.LateCalls = cmp.Or(cfg.LateCalls, time.Minute)
+	c := &cinder{cfg: cfg, self: self, pace: usual, maker: uuid.NewString(), idle: map[string]time.Time{}, seen: seen{asked: -1, lives: map[string]known{}}}
+	if cfg.Attach == "connector" {
+		return &Connector{cinder: c, loops: loops{shares: cfg.Shares}}, nil
+	}
+	return &Nova{
+		cinder: c, kernel: kernel{sysfs: "/sys", dev: "/dev", claimed: claimed, node: deviceNumber}, guest: thisGuest,
+	}, nil
+}
+
+func (c Config) check(self Self) error {
+	ways := 0
+	for _, set := range []string{c.Cloud, c.Username, c.ApplicationCredentialID, c.CinderURL} {
+		if set != "" {
+			ways++
+		}
+	}
+	wrong := fmt.Errorf
+	switch {
+	case self.Node == "" || self.Cluster == "":
+		return wrong("the node and the cluster must be named")
+	case c.Attach != "" && c.Attach != "nova" && c.Attach != "connector":
+		return wrong("attach is %q; use nova or connector", c.Attach)
+	case ways != 1:
+		return wrong("set one of cloud, username, application_credential_id and cinder_url, which say how to log in")
+	case c.CloudsFile != "" && c.Cloud == "":
+		return wrong("clouds_file without cloud, which names an entry of it")
+	case c.Username != "" && (c.PasswordFile == "" || c.UserDomain == ""):
+		return wrong("username needs password_file and user_domain")
+	case c.Username != "" && c.ProjectID == "" && (c.ProjectName == "" || c.ProjectDomain == ""):
+		return wrong("username needs project_id, or project_name and project_domain")
+	case c.ApplicationCredentialID != "" && c.ApplicationCredentialSecretFile == "":
+		return wrong("application_credential_id needs application_credential_secret_file")
+	case (c.Username != "" || c.ApplicationCredentialID != "") && !isURL(c.AuthURL):
+		return wrong("auth_url %q is no URL; write it like https://keystone.example:5000/v3", c.AuthURL)
+	case c.CinderURL != "" && (!isURL(c.CinderURL) || c.ProjectID == ""):
+		return wrong("cinder_url needs a URL like http://cinder.example:8776/v3, and project_id")
+	case c.CinderURL != "" && c.Attach != "connector":
+		return wrong("cinder_url is for a Cinder without Keystone and Nova, and needs attach: connector")
+	case c.Interface != "" && !slices.Contains([]string{"public", "internal", "admin"}, c.Interface):
+		return wrong("interface is %q; use public, internal or admin", c.Interface)
+	case c.ServerID != "" && !uuidForm.MatchString(c.ServerID):
+		return wrong("server_id %q is no UUID; write it as Nova does, or leave it out", c.ServerID)
+	case c.LateCalls < 0:
+		return wrong("late_calls must not be negative")
+	case c.Attach == "connector" && (c.ServerID != "" || c.KeepServers || c.AllowAdminFence || c.GrowAttached):
+		return wrong("server_id, keep_servers, allow_admin_fence and grow_attached are for attach: nova")
+	case c.Attach == "connector" && len(c.Shares) == 0:
+		return wrong("attach: connector needs shares, which say where the NFS shares of Cinder are mounted here")
+	case c.Attach != "connector" && len(c.Shares) > 0:
+		return wrong("shares are for attach: connector")
+	}
+	for share, dir := range c.Shares {
+		if !filepath.IsAbs(dir) {
+			return wrong("shares: %s is to be at %q, which is no absolute path", share, dir)
+		}
+	}
+	return nil
+}
+
+func isURL(s string) bool {
+	u, err := url.Parse(s)
+	return err == nil && (u.Scheme == "http" || u.Scheme == "https") && u.Host != ""
+}
+
+const gib = int64(1) << 30
+
+func (b *cinder) properties(class backends.Class) backends.Properties {
+	return backends.Properties{
+		Name: cmp.Or(b.self.Name, "openstack"), Type: "openstack", Class: class, ExclusiveAttach: true, AllocationUnit: gib, MinSize: gib,
+		Options: backends.Options[options](), Profiles: slices.Sorted(maps.Keys(b.cfg.Profiles)),
+	}
+}
+
+// kind returns the type and the zone of a new volume.
+func (c Config) kind(profile string, values map[string]string) (Profile, error) {
+	p := Profile{}
+	if profile != "" {
+		var ok bool
+		if p, ok = c.Profiles[profile]; !ok {
+			known := strings.Join(slices.Sorted(maps.Keys(c.Profiles)), ", ")
+			return p, fmt.Errorf("there is no profile %q; the setting profiles has: %s: %w", profile, cmp.Or(known, "none"), backends.ErrInvalid)
+		}
+	}
+	o, err := backends.Decode[options](values)
+	if err != nil {
+		return p, err
+	}
+	return Profile{cmp.Or(o.Type, p.VolumeType, c.VolumeType), cmp.Or(p.Zone, c.Zone)}, nil
+}
+
+// until makes look once and again, later each time, until it says that it is done.
+// what is what is waited for.
+func (b *cinder) until(ctx context.Context, limit time.Duration, what string, look func() (done bool, err error)) error {
+	deadline := time.Now().Add(limit)
+	for wait := b.pace.first; ; wait = min(wait*3/2, b.pace.most) {
+		if done, err := look(); done || err != nil {
+			return err
+		}
+		if time.Now().Add(wait).After(deadline) {
+			return fmt.Errorf("%s: not within %s: %w", what, limit, backends.ErrUnavailable)
+		}
+		if err := sleep(ctx, wait/2+rand.N(wait)); err != nil {
+			return fmt.Errorf("%s: %w", what, err)
+		}
+	}
+}
+
+func sleep(ctx context.Context, wait time.Duration) error {
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return backends.Classify(backends.ErrUnavailable, context.Cause(ctx))
+	}
+}
+
+// keyed is a lock for each key.
+type keyed struct {
+	mu   sync.Mutex
+	held map[string]chan struct{}
+}
+
+// lock waits for a key's lock, and returns what gives it back.
+func (k *keyed) lock(ctx context.Context, key string) (unlock func(), err error) {
+	for {
+		k.mu.Lock()
+		held, ok := k.held[key]
+		if !ok {
+			if k.held == nil {
+				k.held = map[string]chan struct{}{}
+			}
+			mine := make(chan struct{})
+			k.held[key] = mine
+			k.mu.Unlock()
+			return func() {
+				k.mu.Lock()
+				defer k.mu.Unlock()
+				delete(k.held, key)
+				close(mine)
+			}, nil
+		}
+		k.mu.Unlock()
+		select {
+		case <-held:
+		case <-ctx.Done():
+			return nil, backends.Classify(backends.ErrUnavailable, context.Cause(ctx))
+		}
+	}
+}
