@@ -20,6 +20,7 @@ import (
 	"github.com/flocker-plugin/flocker/backends/csi"
 	"github.com/flocker-plugin/flocker/backends/ebs"
 	"github.com/flocker-plugin/flocker/backends/loopback"
+	"github.com/flocker-plugin/flocker/backends/openstack"
 	"github.com/flocker-plugin/flocker/driver/ownership"
 )
 
@@ -61,6 +62,17 @@ var kinds = map[string]kind{
 			return loopback.New(loopback.Config{Dir: cfg.Dir, Node: h.node, Preallocate: cfg.Preallocate}), nil
 		},
 		func(directory) map[string]string { return nil },
+	),
+	"openstack": kindOf(
+		func(name string, cfg openstack.Config, h host) (backends.Backend, error) {
+			return openstack.New(cfg, openstack.Self{Node: h.node, Cluster: h.cluster, Name: name})
+		},
+		func(cfg openstack.Config) map[string]string {
+			return map[string]string{
+				"application_credential_secret_file": cfg.ApplicationCredentialSecretFile,
+				"clouds_file":                        cfg.CloudsFile, "password_file": cfg.PasswordFile,
+			}
+		},
 	),
 }
 
@@ -134,7 +146,7 @@ func (c configured) check() error {
 func sentenceOf(name string, err error) string {
 	text := strings.ReplaceAll(err.Error(), "\n", "; ")
 	text = strings.TrimSuffix(text, ": "+backends.ErrInvalid.Error())
-	for _, before := range []string{"backend " + name + ": ", "ebs: "} {
+	for _, before := range []string{"backend " + name + ": ", "ebs: ", "openstack: "} {
 		text = strings.TrimPrefix(text, before)
 	}
 	return "backend " + name + ": " + text

@@ -15,6 +15,7 @@ import (
 	"github.com/flocker-plugin/flocker/backends"
 	"github.com/flocker-plugin/flocker/backends/csi"
 	"github.com/flocker-plugin/flocker/backends/ebs"
+	"github.com/flocker-plugin/flocker/backends/openstack"
 )
 
 const sample = `# two CSI drivers and EBS
@@ -42,6 +43,14 @@ aws:
   keep_instances: true
   calls_per_second: 2.5
 disk: {type: loopback, dir: /srv/disk, preallocate: true}
+cloud:
+  type: openstack
+  auth_url: https://keystone.example:5000/v3
+  application_credential_id: 21dced0fd20347869b93710d2b98aae0
+  application_credential_secret_file: /var/lib/flocker/cloud
+  profiles:
+    fast: {volume_type: ssd}
+  late_calls: 2m
 `
 
 func TestParseBackends(t *testing.T) {
@@ -63,6 +72,11 @@ func TestParseBackends(t *testing.T) {
 			Profiles: map[string]ebs.Profile{"fast": {Type: "io2", IOPS: 20000}}, KeepInstances: true, CallsPerSecond: 2.5,
 		}},
 		{"disk", "loopback", "f", 25, &directory{"/srv/disk", true}},
+		{"cloud", "openstack", "f", 26, &openstack.Config{
+			AuthURL: "https://keystone.example:5000/v3", ApplicationCredentialID: "21dced0fd20347869b93710d2b98aae0",
+			ApplicationCredentialSecretFile: "/var/lib/flocker/cloud", Profiles: map[string]openstack.Profile{"fast": {VolumeType: "ssd"}},
+			LateCalls: 2 * time.Minute,
+		}},
 	}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got\n%+v, want\n%+v", got, want)
@@ -81,10 +95,10 @@ func TestParseBackendsRefuses(t *testing.T) {
 		"gold:\n\ttype: csi":                     "f: line 2: found character that cannot start any token",
 		"gold: {type: csi":                       "f: line 1: did not find expected ',' or '}'",
 		"gold:\n":                                "f, line 1: backend gold: here belong settings, such as type: csi, each with a colon after it",
-		"gold: {}":                               "f, line 1: backend gold: it has no type; use csi, ebs, loopback",
-		"\ngold:\n  region: x":                   "f, line 3: backend gold: it has no type; use csi, ebs, loopback",
-		"gold:\n  type: cinder":                  `f, line 2: backend gold: unknown type "cinder"; use csi, ebs, loopback`,
-		"gold: {type: [csi]}":                    `f, line 1: backend gold: unknown type ""; use csi, ebs, loopback`,
+		"gold: {}":                               "f, line 1: backend gold: it has no type; use csi, ebs, loopback, openstack",
+		"\ngold:\n  region: x":                   "f, line 3: backend gold: it has no type; use csi, ebs, loopback, openstack",
+		"gold:\n  type: cinder":                  `f, line 2: backend gold: unknown type "cinder"; use csi, ebs, loopback, openstack`,
+		"gold: {type: [csi]}":                    `f, line 1: backend gold: unknown type ""; use csi, ebs, loopback, openstack`,
 		"Gold: {type: ebs}":                      `f, line 1: "Gold": a backend's name is 1 to 20 small letters, digits and dashes, and begins with a letter`,
 		"a/b: {type: ebs}":                       `f, line 1: "a/b": a backend's name is 1 to 20 small letters, digits and dashes, and begins with a letter`,
 		"a: {type: ebs}\nb: {type: ebs}\na: {}":  "f, line 3: a is there twice, first in line 1",
