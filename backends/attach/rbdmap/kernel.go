@@ -1,0 +1,275 @@
+package rbdmap
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/backends/attach/loop"
+)
+
+// sysfs is where the kernel's driver shows its devices; a test has its own.
+var sysfs = "/sys/bus/rbd/devices"
+
+// kernelImage is an image that krbd has mapped.
+type kernelImage struct {
+	number   string
+	spec     string // pool/namespace/name
+	client   string // client4123
+	address  string
+	snapshot string
+	path     string
+}
+
+// kernelImages returns what krbd has mapped, by whomever.
+func kernelImages() ([]kernelImage, error) {
+	entries, err := os.ReadDir(sysfs)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var found []kernelImage
+	for _, entry := range entries {
+		attr := func(name string) string {
+			text, readErr := os.ReadFile(filepath.Join(sysfs, entry.Name(), name))
+			if readErr != nil && !errors.Is(readErr, fs.ErrNotExist) {
+				err = errors.Join(err, readErr)
+			}
+			return strings.TrimSpace(string(text))
+		}
+		i := kernelImage{
+			number: entry.Name(), client: attr("client_id"), address: attr("client_addr"),
+			snapshot: attr("current_snap"), path: "/dev/rbd" + entry.Name(),
+		}
+		i.spec = Image{Pool: attr("pool"), Namespace: attr("pool_ns"), Name: attr("name")}.Spec()
+		if i.client != "" { // it may just be going
+			found = append(found, i)
+		}
+	}
+	return found, err
+}
+
+// labelFile is where the label of a mapping of krbd is. A client's number is never given twice
+// by a cluster, so what a note says of one stays true.
+func (a *Attacher) labelFile(client string) string { return filepath.Join(a.cfg.Dir, "k-"+client) }
+
+// kernelDevices returns the devices of krbd that were mapped from here. The kernel says
+// what there is; the notes only add the labels.
+func (a *Attacher) kernelDevices() ([]Device, error) {
+	images, err := kernelImages()
+	if err != nil {
+		return nil, err
+	}
+	var found []Device
+	for _, i := range images {
+		text, err := os.ReadFile(a.labelFile(i.client))
+		label, spec, _ := strings.Cut(string(text), "\n")
+		if err == nil && spec == i.spec {
+			found = append(found, Device{Label: label, Path: i.path, Method: KRBD})
+		}
+	}
+	return found, nil
+}
+
+func (a *Attacher) mapKernel(ctx context.Context, image Image, label string, allow func(Client) error) (Device, error) {
+	// A client of its own, which is cut off without the others; and nobody is let write
+	// beside it.
+	out, err := image.Cluster.Run(ctx, "rbd", "device", "map", "--options", "noshare,exclusive", image.Spec())
+	if err != nil {
+		return Device{}, err
+	}
+	d := Device{Label: label, Path: strings.TrimSpace(string(out)), Method: KRBD}
+	err = func() error {
+		images, err := kernelImages()
+		if err != nil {
+			return backends.Classify(backends.ErrUnavailable, err)
+		}
+		for _, i := range images {
+			if i.path != d.Path || i.spec != image.Spec() {
+				continue
+			}
+			if i.address == "" {
+				return fmt.Errorf("this kernel does not tell the address of its Ceph client, which a fence needs: Linux 4.16 or another way to attach is needed: %w", backends.ErrUnavailable)
+			}
+			if err := os.WriteFile(a.labelFile(i.client), []byte(label+"\n"+i.spec), 0o600); err != nil {
+				return backends.Classify(backends.ErrUnavailable, err)
+			}
+			return allow(Client{Address: i.address})
+		}
+		return fmt.Errorf("rbd says that %s is %s, and the kernel shows no such device: %w", image.Spec(), d.Path, backends.ErrUnavailable)
+	}()
+	if err != nil {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
+		defer cancel()
+		_, failed := a.unmapKernel(ctx, d)
+		return Device{}, errors.Join(err, failed)
+	}
+	return d, nil
+}
+
+// unmapKernel unmaps a device of krbd, which the kernel refuses while it is open.
+func (a *Attacher) unmapKernel(ctx context.Context, d Device) (clean bool, err error) {
+	images, err := kernelImages()
+	if err != nil {
+		return false, backends.Classify(backends.ErrUnavailable, err)
+	}
+	for _, i := range images {
+		if i.path != d.Path {
+			continue
+		}
+		started := time.Now()
+		for {
+			_, err := Cluster{User: "admin"}.Run(ctx, "rbd", "device", "unmap", d.Path)
+			busy := errors.Is(err, backends.ErrInUse)
+			if err == nil {
+				break
+			}
+			if !busy || time.Since(started) > settle {
+				if busy {
+					err = fmt.Errorf("%s is open or mounted: %w", d.Path, backends.ErrInUse)
+				}
+				return false, err
+			}
+			if err := sleep(ctx, 20*time.Millisecond); err != nil {
+				return false, err
+			}
+		}
+		if err := os.Remove(a.labelFile(i.client)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return true, backends.Classify(backends.ErrUnavailable, err)
+		}
+		return true, nil
+	}
+	return false, nil
+}
+
+// settle is how long a device may be open to somebody who merely looks at it, as udev
+// does.
+const settle = 500 * time.Millisecond
+
+// sweepKernel unmaps what a Map of the image has left that was killed before it could
+// leave a note. What others have mapped is not touched: it is not one of ours if it is open.
+func (a *Attacher) sweepKernel(ctx context.Context, image Image) error {
+	images, err := kernelImages()
+	if err != nil {
+		return backends.Classify(backends.ErrUnavailable, err)
+	}
+	for _, i := range images {
+		if i.spec != image.Spec() || (i.snapshot != "" && i.snapshot != "-") {
+			continue
+		}
+		if _, err := os.Stat(a.labelFile(i.client)); err == nil {
+			continue
+		}
+		if _, err := a.unmapKernel(ctx, Device{Path: i.path}); err != nil {
+			return fmt.Errorf("%s is on this host as %s already, and not Flocker's: %w", image.Spec(), i.path, err)
+		}
+	}
+	return nil
+}
+
+// nbdDevices returns the devices of rbd-nbd that were mapped from here: the kernel tells
+// the program of each device, and its command line the label.
+func (a *Attacher) nbdDevices() ([]Device, error) {
+	paths, err := filepath.Glob("/sys/block/nbd*/pid")
+	if err != nil {
+		return nil, err
+	}
+	var found []Device
+	for _, path := range paths {
+		text, err := os.ReadFile(path)
+		pid, err2 := strconv.Atoi(strings.TrimSpace(string(text)))
+		if err != nil || err2 != nil {
+			continue // not connected
+		}
+		line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		if err != nil {
+			continue
+		}
+		for word := range strings.SplitSeq(string(line), "\x00") {
+			if strings.HasPrefix(word, a.cfg.Dir+"/m-") && strings.HasSuffix(word, confSuffix) {
+				label := unescape(strings.TrimSuffix(filepath.Base(word), confSuffix))
+				name := filepath.Base(filepath.Dir(path))
+				found = append(found, Device{Label: label, Path: "/dev/" + name, Method: NBD, pid: pid, dir: filepath.Dir(word)})
+			}
+		}
+	}
+	return found, nil
+}
+
+// startNBD maps an image with rbd-nbd, which goes on in the background.
+func startNBD(ctx context.Context, image Image, conf string) (path string, err error) {
+	client := Cluster{Conf: conf, User: image.Cluster.User, Timeout: image.Cluster.Timeout}
+	out, err := client.Run(ctx, "rbd-nbd", "map", "--exclusive", image.Spec())
+	if err != nil {
+		return "", err
+	}
+	path = strings.TrimSpace(string(out))
+	if !strings.HasPrefix(path, "/dev/nbd") {
+		return "", fmt.Errorf("rbd-nbd has made %q, which is no device: %w", path, backends.ErrUnavailable)
+	}
+	return path, nil
+}
+
+// unmapNBD ends rbd-nbd, once nobody has its device open: it would go anyway.
+func (a *Attacher) unmapNBD(ctx context.Context, d Device) (clean bool, err error) {
+	closed, err := holdClosed(ctx, d.Path)
+	if err != nil {
+		return false, err
+	}
+	defer closed()
+	return endProgram(ctx, d.dir)
+}
+
+// holdClosed opens a device exclusively, so that nobody can use it until the returned
+// function is called; ErrInUse if somebody has it open.
+func holdClosed(ctx context.Context, path string) (release func(), err error) {
+	for started := time.Now(); ; {
+		var f *os.File
+		err := loop.Bounded(ctx, hang, path, func() (err error) {
+			// Exclusively: fails while it is mounted, in whatever mount namespace.
+			f, err = os.OpenFile(path, os.O_RDWR|syscall.O_EXCL, 0)
+			return err
+		})
+		switch {
+		case err == nil && !openElsewhere(path):
+			return func() { _ = f.Close() }, nil
+		case err == nil:
+			_ = f.Close()
+		case errors.Is(err, syscall.ENXIO), errors.Is(err, syscall.ENODEV), errors.Is(err, fs.ErrNotExist):
+			return func() {}, nil // nobody can open it
+		case !errors.Is(err, syscall.EBUSY):
+			return nil, backends.Classify(backends.ErrUnavailable, err)
+		}
+		if time.Since(started) > settle {
+			return nil, fmt.Errorf("%s is open or mounted: %w", path, backends.ErrInUse)
+		}
+		if err := sleep(ctx, 20*time.Millisecond); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// openElsewhere says whether another process that can be seen from here has a device open.
+func openElsewhere(path string) bool {
+	open, err := filepath.Glob("/proc/[0-9]*/fd/*")
+	if err != nil {
+		return false
+	}
+	own := fmt.Sprintf("/proc/%d/", os.Getpid())
+	for _, fd := range open {
+		if link, err := os.Readlink(fd); err == nil && link == path && !strings.HasPrefix(fd, own) {
+			return true
+		}
+	}
+	return false
+}
