@@ -117,7 +117,7 @@ test: deps engine plugin-teststore ## everything, with what it needs
 
 .PHONY: test-unit
 test-unit: ## all but the tests with Docker hosts
-	$(GO) test -race -timeout 15m $$($(GO) list ./... | grep -v /backends/ebs)
+	$(GO) test -race -timeout 15m $$($(GO) list ./... | grep -v -e /backends/ebs -e /backends/rbd/cephtest)
 	for dir in $(MODULES); do (cd $$dir && $(GO) test -race -count 1 -timeout 10m ./...) || exit; done
 
 .PHONY: test-ebs
@@ -132,6 +132,14 @@ OPENSTACK := cinder-api cinder-scheduler cinder-volume rabbitmq-server qemu-util
 test-openstack: ## the OpenStack backend on a real Cinder, of Debian's packages (many minutes, as root); RUN=TestName
 	$(MAKE) --no-print-directory deps PACKAGES="$(OPENSTACK)"
 	OPENSTACK=real REQUIRE=root $(GO) test -race -count 1 -v -timeout 60m $(if $(RUN),-run '$(RUN)') ./backends/openstack/...
+
+# What a Ceph cluster of its own needs, and what attaches its images.
+CEPH := ceph-common ceph-mon ceph-osd qemu-block-extra qemu-system-common
+
+.PHONY: test-ceph
+test-ceph: ## the RBD backend on a real Ceph cluster, which it starts and removes, as root (minutes); RUN=TestName
+	$(MAKE) --no-print-directory deps PACKAGES='$(CEPH)'
+	REQUIRE=root,ceph $(GO) test -race -count 1 -timeout 45m $(if $(RUN),-run '$(RUN)') ./backends/rbd/... ./backends/attach/...
 
 .PHONY: test-e2e
 test-e2e: ## the tests with Docker hosts; RUN=TestName for some of them

@@ -1,0 +1,157 @@
+package rbd_test
+
+import (
+	"errors"
+	"strings"
+	"testing"
+
+	"github.com/google/uuid"
+
+	"github.com/flocker-plugin/flocker/backends"
+)
+
+const fakeCluster = "0fb1a3c2-7d0e-4c55-9a53-7e4ab7a0e9d1"
+
+// attached returns a cluster whose host a has a volume under token 10.
+func attached(t *testing.T) (*fakeCeph, backends.Volume, backends.Attachment) {
+	t.Helper()
+	c := newFake()
+	vol, err := c.node(fakeCluster, "a").Create(t.Context(), backends.CreateRequest{ID: uuid.NewString(), Name: "db", Cluster: fakeCluster, Size: 1 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	att, err := c.attach(t, "a", vol, 10)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c, vol, att
+}
+
+func (c *fakeCeph) attach(t *testing.T, node string, vol backends.Volume, token int64) (backends.Attachment, error) {
+	t.Helper()
+	return c.node(fakeCluster, node).Attach(t.Context(), backends.AttachRequest{Ref: vol.Ref, Volume: vol.ID, Token: token})
+}
+
+func (c *fakeCeph) object(vol backends.Volume) *fakeObject { return c.objects["flocker-"+vol.ID] }
+
+// client returns the one that serves a volume's device on a host.
+func (c *fakeCeph) client(node string) *fakeDevice {
+	for _, d := range c.hosts[fakeCluster+node].devices {
+		return d
+	}
+	return nil
+}
+
+// TestHostComesBack: a host has died with a volume attached, and attaches it again. What
+// its old client had sent may still be on its way: it is cut off first.
+func TestHostComesBack(t *testing.T) {
+	t.Parallel()
+	c, vol, _ := attached(t)
+	old := c.client("a").client
+	clear(c.hosts[fakeCluster+"a"].devices)
+	if _, err := c.attach(t, "a", vol, 11); err != nil {
+		t.Fatal(err)
+	}
+	if !c.blocklist[old] {
+		t.Errorf("the client %s from before is not on the blocklist", old)
+	}
+	if now := c.client("a").client; c.blocklist[now] {
+		t.Errorf("the client %s is on the blocklist", now)
+	}
+}
+
+// TestKilledClient: a client that was killed has not been heard by the cluster. Its claim
+// stays until it is on the blocklist.
+func TestKilledClient(t *testing.T) {
+	t.Parallel()
+	c, vol, att := attached(t)
+	d := c.client("a")
+	d.killed = true
+	if err := c.node(fakeCluster, "a").Detach(t.Context(), att); err != nil {
+		t.Fatal(err)
+	}
+	_, err := c.attach(t, "b", vol, 11)
+	var other *backends.AttachedError
+	if !errors.As(err, &other) || other.Node != "a" || other.Token != 10 {
+		t.Fatalf("got %v, want that a may still have it under token 10", err)
+	}
+	fencer, _ := backends.As[backends.Fencer](c.node(fakeCluster, "b"))
+	evidence, err := fencer.Fence(t.Context(), backends.FenceRequest{Ref: vol.Ref, Volume: vol.ID, Node: "a", Token: 10})
+	if want := "client " + d.client + " of a is on the blocklist, and no watcher of volumes/flocker-" + vol.ID + " any more"; err != nil || evidence != want {
+		t.Errorf("got %q, %v; want %q", evidence, err, want)
+	}
+	if _, err := c.attach(t, "b", vol, 11); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestDeadProgram: a device whose program has died is made anew, and not handed out.
+func TestDeadProgram(t *testing.T) {
+	t.Parallel()
+	c, vol, att := attached(t)
+	d := c.client("a")
+	d.killed = true
+	again, err := c.attach(t, "a", vol, 10)
+	if err != nil || again.ID == att.ID || again.Device == att.Device {
+		t.Errorf("got %+v, %v; want another device than %+v", again, err, att)
+	}
+	if !c.blocklist[d.client] {
+		t.Errorf("the client %s from before is not on the blocklist", d.client)
+	}
+}
+
+// TestDetachLeavesOthersClaim: an operator has given the volume to somebody else by hand.
+func TestDetachLeavesOthersClaim(t *testing.T) {
+	t.Parallel()
+	c, vol, att := attached(t)
+	o := c.object(vol)
+	o.cookie, o.locker = "attach 0123456789ab 12 192.0.2.77:0/1 z", "client.999"
+	if err := c.node(fakeCluster, "a").Detach(t.Context(), att); err != nil {
+		t.Fatal(err)
+	}
+	if o.locker != "client.999" {
+		t.Error("the claim of somebody else is gone")
+	}
+}
+
+// TestClaimOfNoImage: the volume is deleted between the start of a client and its claim.
+func TestClaimOfNoImage(t *testing.T) {
+	t.Parallel()
+	c, vol, att := attached(t)
+	if err := c.node(fakeCluster, "a").Detach(t.Context(), att); err != nil {
+		t.Fatal(err)
+	}
+	c.beforeClaim = func() {
+		delete(c.images, "volumes/flocker-"+vol.ID)
+		delete(c.objects, "flocker-"+vol.ID)
+	}
+	_, err := c.attach(t, "b", vol, 11)
+	if !errors.Is(err, backends.ErrNotFound) || !strings.Contains(err.Error(), "it was deleted, or never made") {
+		t.Errorf("got %v, want ErrNotFound", err)
+	}
+	if len(c.objects) > 0 {
+		t.Errorf("left behind: %d objects", len(c.objects))
+	}
+}
+
+// TestForeignLock: what Flocker has not written it does not remove.
+func TestForeignLock(t *testing.T) {
+	t.Parallel()
+	c, vol, _ := attached(t)
+	c.object(vol).cookie = "mine"
+	_, err := c.attach(t, "b", vol, 11)
+	if want := `the lock has the cookie "mine", which Flocker does not write`; !errors.Is(err, backends.ErrUnavailable) || !strings.Contains(err.Error(), want) {
+		t.Errorf("got %v, want %q", err, want)
+	}
+}
+
+// TestOtherCephCluster: "not found" of another Ceph cluster would prove nothing.
+func TestOtherCephCluster(t *testing.T) {
+	t.Parallel()
+	c, vol, _ := attached(t)
+	ref := strings.Replace(vol.Ref, fakeFSID, "11111111-0894-4f1e-a635-d0aeaca0e993", 1)
+	_, err := c.node(fakeCluster, "a").Get(t.Context(), ref)
+	if want := "the volume is in the Ceph cluster 11111111-0894-4f1e-a635-d0aeaca0e993, and this host is set to " + fakeFSID; !errors.Is(err, backends.ErrInvalid) || !strings.Contains(err.Error(), want) {
+		t.Errorf("got %v, want %q", err, want)
+	}
+}
