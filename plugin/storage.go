@@ -21,6 +21,7 @@ import (
 	"github.com/flocker-plugin/flocker/backends/ebs"
 	"github.com/flocker-plugin/flocker/backends/loopback"
 	"github.com/flocker-plugin/flocker/backends/openstack"
+	"github.com/flocker-plugin/flocker/backends/rbd"
 	"github.com/flocker-plugin/flocker/driver/ownership"
 )
 
@@ -72,6 +73,14 @@ var kinds = map[string]kind{
 				"application_credential_secret_file": cfg.ApplicationCredentialSecretFile,
 				"clouds_file":                        cfg.CloudsFile, "password_file": cfg.PasswordFile,
 			}
+		},
+	),
+	"rbd": kindOf(
+		func(name string, cfg rbd.Config, h host) (backends.Backend, error) {
+			return rbd.New(cfg, rbd.Self{Node: h.node, Cluster: h.cluster, Name: name})
+		},
+		func(cfg rbd.Config) map[string]string {
+			return map[string]string{"keyring_file": cfg.KeyringFile}
 		},
 	),
 }
@@ -146,7 +155,7 @@ func (c configured) check() error {
 func sentenceOf(name string, err error) string {
 	text := strings.ReplaceAll(err.Error(), "\n", "; ")
 	text = strings.TrimSuffix(text, ": "+backends.ErrInvalid.Error())
-	for _, before := range []string{"backend " + name + ": ", "ebs: ", "openstack: "} {
+	for _, before := range []string{"backend " + name + ": ", "ebs: ", "rbd: ", "openstack: "} {
 		text = strings.TrimPrefix(text, before)
 	}
 	return "backend " + name + ": " + text

@@ -16,6 +16,7 @@ import (
 	"github.com/flocker-plugin/flocker/backends/csi"
 	"github.com/flocker-plugin/flocker/backends/ebs"
 	"github.com/flocker-plugin/flocker/backends/openstack"
+	"github.com/flocker-plugin/flocker/backends/rbd"
 )
 
 const sample = `# two CSI drivers and EBS
@@ -51,6 +52,14 @@ cloud:
   profiles:
     fast: {volume_type: ssd}
   late_calls: 2m
+ceph:
+  type: rbd
+  monitors: [192.0.2.1, "[v2:192.0.2.2:3300,v1:192.0.2.2:6789]"]
+  keyring_file: /var/lib/flocker/ceph
+  pool: volumes
+  profiles:
+    cheap: {data_pool: coded, features: [layering, exclusive-lock], object_size: 8MiB}
+  attach: fuse
 `
 
 func TestParseBackends(t *testing.T) {
@@ -77,6 +86,11 @@ func TestParseBackends(t *testing.T) {
 			ApplicationCredentialSecretFile: "/var/lib/flocker/cloud", Profiles: map[string]openstack.Profile{"fast": {VolumeType: "ssd"}},
 			LateCalls: 2 * time.Minute,
 		}},
+		{"ceph", "rbd", "f", 34, &rbd.Config{
+			Monitors: []string{"192.0.2.1", "[v2:192.0.2.2:3300,v1:192.0.2.2:6789]"}, KeyringFile: "/var/lib/flocker/ceph", Pool: "volumes",
+			Profiles: map[string]rbd.Profile{"cheap": {DataPool: "coded", Features: []string{"layering", "exclusive-lock"}, ObjectSize: 8 * backends.MiB}},
+			Attach:   "fuse",
+		}},
 	}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got\n%+v, want\n%+v", got, want)
@@ -95,10 +109,10 @@ func TestParseBackendsRefuses(t *testing.T) {
 		"gold:\n\ttype: csi":                     "f: line 2: found character that cannot start any token",
 		"gold: {type: csi":                       "f: line 1: did not find expected ',' or '}'",
 		"gold:\n":                                "f, line 1: backend gold: here belong settings, such as type: csi, each with a colon after it",
-		"gold: {}":                               "f, line 1: backend gold: it has no type; use csi, ebs, loopback, openstack",
-		"\ngold:\n  region: x":                   "f, line 3: backend gold: it has no type; use csi, ebs, loopback, openstack",
-		"gold:\n  type: cinder":                  `f, line 2: backend gold: unknown type "cinder"; use csi, ebs, loopback, openstack`,
-		"gold: {type: [csi]}":                    `f, line 1: backend gold: unknown type ""; use csi, ebs, loopback, openstack`,
+		"gold: {}":                               "f, line 1: backend gold: it has no type; use csi, ebs, loopback, openstack, rbd",
+		"\ngold:\n  region: x":                   "f, line 3: backend gold: it has no type; use csi, ebs, loopback, openstack, rbd",
+		"gold:\n  type: cinder":                  `f, line 2: backend gold: unknown type "cinder"; use csi, ebs, loopback, openstack, rbd`,
+		"gold: {type: [csi]}":                    `f, line 1: backend gold: unknown type ""; use csi, ebs, loopback, openstack, rbd`,
 		"Gold: {type: ebs}":                      `f, line 1: "Gold": a backend's name is 1 to 20 small letters, digits and dashes, and begins with a letter`,
 		"a/b: {type: ebs}":                       `f, line 1: "a/b": a backend's name is 1 to 20 small letters, digits and dashes, and begins with a letter`,
 		"a: {type: ebs}\nb: {type: ebs}\na: {}":  "f, line 3: a is there twice, first in line 1",
@@ -242,6 +256,7 @@ func TestLoadBackends(t *testing.T) {
 		"a: {type: csi, endpoint: 'unix:///x', mode: mount, max_size: 1G, min_size: 2G}": "line 1: backend a: mode mount: a volume has to be a block device here; " +
 			"drivers that have filesystems only cannot be used yet; max_size 1GiB is less than min_size 2GiB",
 		"\na: {type: ebs, region: mars}":                                      `line 2: backend a: region "mars" is none; write it like eu-central-1`,
+		"a: {type: rbd, pool: p}":                                             "line 1: backend a: conf or monitors is needed: the path of a ceph.conf, or the monitors' addresses",
 		"a: {type: loopback}":                                                 "line 1: backend a: dir is missing: the absolute path of the directory of its files",
 		"a: {type: loopback, dir: " + state + "/loopback/}":                   "line 1: backend a: dir " + state + "/loopback is that of backend loopback",
 		"a: {type: loopback, dir: /x}\nb: {type: loopback, dir: /y/../x}":     "line 2: backend b: dir /x is that of backend a",
