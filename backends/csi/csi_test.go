@@ -761,7 +761,7 @@ func TestDeleting(t *testing.T) {
 			if step != "deleting" {
 				return
 			}
-			ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 			defer cancel()
 			_, err := s.node(cluster, "b").Attach(ctx, backends.AttachRequest{Ref: vol.Ref, Volume: vol.ID, Token: 2})
 			wantText(t, err, backends.ErrUnavailable, "volume "+vol.ID+": it is just being deleted")
