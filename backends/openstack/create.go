@@ -44,7 +44,7 @@ func (b *cinder) create(ctx context.Context, req backends.CreateRequest) (*volum
 		return nil, err
 	}
 	defer unlock()
-	c := creating{b: b, req: req, kind: kind, size: (req.Size + gib - 1) / gib, fresh: time.Now()}
+	c := creating{b: b, req: req, kind: kind, size: (req.Size + gib - 1) / gib}
 	err = b.until(ctx, b.pace.settle, "it is being created", func() (bool, error) { return c.step(ctx) })
 	return c.made, err
 }
@@ -55,7 +55,7 @@ type creating struct {
 	req   backends.CreateRequest
 	kind  Profile
 	size  int64
-	fresh time.Time // until when no other node takes what this one has made for left behind
+	fresh time.Time // when this call's volume was last seen to be too new for others to take it for left behind
 	made  *volume
 }
 
@@ -91,9 +91,15 @@ func (c *creating) step(ctx context.Context) (done bool, err error) {
 		c.fresh = time.Now()
 		return false, nil
 	case time.Since(c.fresh) > c.b.pace.orphan/2:
-		return false, fmt.Errorf("%s was too slow: %w", volumes, backends.ErrUnavailable)
+		// It is an earlier call's, or Cinder was slow: another node may be deleting it.
+		return false, c.b.drop(ctx, first.id)
 	}
-	return false, c.b.note(ctx, first.id, keyReady, c.b.self.Node)
+	marking, cancel := context.WithTimeout(ctx, c.b.pace.orphan/4) // no mark comes late
+	defer cancel()
+	if err = c.b.note(marking, first.id, keyReady, c.b.self.Node); unanswered(err) && ctx.Err() == nil {
+		return false, nil // the list says what has come of it
+	}
+	return false, err
 }
 
 // post asks Cinder for a volume.

@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -326,6 +327,56 @@ func TestCreateAfterAbandonedOnes(t *testing.T) {
 				t.Errorf("%s is still there", id)
 			}
 		}
+	}
+}
+
+// Another node may be deleting what was left behind a while ago, so a volume is made
+// anew: when a call was cancelled before it could mark the volume, and when a late
+// request of a dead node comes first.
+func TestCreateAnew(t *testing.T) {
+	t.Parallel()
+	s := newStored(t, config{Delay: 100 * time.Millisecond})
+	made := func(n int) (ids []string) {
+		t.Helper()
+		for bound := time.Now().Add(20 * time.Second); len(ids) < n; time.Sleep(time.Millisecond) {
+			if ids = s.Volumes(); time.Now().After(bound) {
+				t.Fatalf("there are %q, want %d", ids, n)
+			}
+		}
+		return ids
+	}
+	req := s.request()
+	s.SetFaults(fault{Call: "metadata", Hang: true})
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { _, err := s.a.Create(ctx, req); ended <- err }()
+	left := made(2)
+	for s.Calls()["POST volumes/*/metadata"] < 2 && t.Context().Err() == nil {
+		time.Sleep(time.Millisecond)
+	}
+	cancel()
+	want(t, <-ended, context.Canceled)
+	s.SetFaults()
+	vol, err := s.a.Create(t.Context(), req)
+	if err != nil || slices.Contains(left, vol.Ref) {
+		t.Errorf("got %v, %v; there were %q", vol, err, left)
+	}
+
+	req = s.request()
+	var late []string
+	go func() {
+		var err error
+		vol, err = s.b.Create(t.Context(), req)
+		ended <- err
+	}()
+	made(3)
+	s.Do(func(c *server) {
+		for range 8 { // of which some have smaller ids
+			late = append(late, c.Add(s.cluster, req.ID, false))
+		}
+	})
+	if err := <-ended; err != nil || slices.Contains(late, vol.Ref) {
+		t.Errorf("got %v, %v; late ones are %q", vol, err, late)
 	}
 }
 
