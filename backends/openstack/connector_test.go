@@ -115,7 +115,7 @@ func TestConnectorContract(t *testing.T) {
 				}
 			}}
 		},
-		Many: 60,
+		Many: 60, Timeout: 2 * time.Minute,
 	})
 }
 

@@ -7,12 +7,13 @@ import (
 	"github.com/flocker-plugin/flocker/backends"
 )
 
+// quick looks often, and has bounds that a machine which stands still for seconds keeps.
 var quick = pace{
-	first: 2 * time.Millisecond, most: 20 * time.Millisecond, settle: 10 * time.Second, orphan: 500 * time.Millisecond,
-	device: time.Second, grace: 2 * time.Second, stop: 10 * time.Second,
+	first: 2 * time.Millisecond, most: 20 * time.Millisecond, settle: 2 * time.Minute, orphan: 3 * time.Second,
+	device: time.Minute, grace: time.Minute, stop: 2 * time.Minute,
 }
 
-// Fast makes a backend wait for milliseconds.
+// Fast makes a backend look again after milliseconds.
 func Fast(b backends.Backend) {
 	switch b := b.(type) {
 	case *Nova:
@@ -24,6 +25,9 @@ func Fast(b backends.Backend) {
 
 // Grace is how long a server has to let go of a volume.
 func (b *Nova) Grace(grace time.Duration) { b.pace.grace = grace }
+
+// Shown is how long a device has to appear.
+func (b *Nova) Shown(limit time.Duration) { b.pace.device = limit }
 
 // Kernel makes a backend look for devices in other folders.
 func (b *Nova) Kernel(sysfs string, claimed func(path string) error) {

@@ -216,11 +216,19 @@ func TestTokenExpiresMidFlight(t *testing.T) {
 	t.Parallel()
 	s := newStored(t, config{Delay: 5 * time.Millisecond})
 	ended := make(chan struct{})
+	calls := func() (n int) {
+		for _, times := range s.Calls() {
+			n += times
+		}
+		return n
+	}
 	go func() {
 		defer close(ended)
 		for range 5 {
+			for before := calls(); calls() < before+20 && t.Context().Err() == nil; {
+				time.Sleep(time.Millisecond)
+			}
 			s.Expire()
-			time.Sleep(100 * time.Millisecond)
 		}
 	}()
 	for token := int64(0); ; token++ {
@@ -338,7 +346,7 @@ func TestCreateAnew(t *testing.T) {
 	s := newStored(t, config{Delay: 100 * time.Millisecond})
 	made := func(n int) (ids []string) {
 		t.Helper()
-		for bound := time.Now().Add(20 * time.Second); len(ids) < n; time.Sleep(time.Millisecond) {
+		for bound := time.Now().Add(2 * time.Minute); len(ids) < n; time.Sleep(time.Millisecond) {
 			if ids = s.Volumes(); time.Now().After(bound) {
 				t.Fatalf("there are %q, want %d", ids, n)
 			}
@@ -371,7 +379,7 @@ func TestCreateAnew(t *testing.T) {
 	}()
 	made(3)
 	s.Do(func(c *server) {
-		for range 8 { // of which some have smaller ids
+		for range 4 { // of which some have smaller ids
 			late = append(late, c.Add(s.cluster, req.ID, false))
 		}
 	})
@@ -465,9 +473,18 @@ func TestSilence(t *testing.T) {
 	if _, err := s.a.Attachments(t.Context()); err != nil { // a process asks once
 		t.Fatal(err)
 	}
+	if _, err := s.b.Get(t.Context(), s.vol.Ref); err != nil { // it has logged in
+		t.Fatal(err)
+	}
 	s.SetFaults(fault{Hang: true})
-	bounded, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
-	defer cancel()
+	bounded, cancel := context.WithCancel(t.Context())
+	asked := s.Calls()["GET volumes/*"]
+	go func() {
+		defer cancel()
+		for s.Calls()["GET volumes/*"] == asked && t.Context().Err() == nil {
+			time.Sleep(time.Millisecond)
+		}
+	}()
 	_, err := s.b.Get(bounded, s.vol.Ref)
 	want(t, err, backends.ErrUnavailable, "get volume: Cinder has not answered GET volumes/"+s.vol.Ref+" in time")
 	// What is attached is known without OpenStack.
@@ -557,6 +574,7 @@ func TestDevices(t *testing.T) {
 	s.mu.Lock()
 	s.serial[node] = "1fae06f2-8dcc-4b5b-8"
 	s.mu.Unlock()
+	s.a.Shown(50 * time.Millisecond)
 	_, err := s.attach(s.a, 20)
 	want(t, err, backends.ErrUnavailable, "Nova says that volume "+s.vol.Ref+" is attached to this server", "no disk that says it is this one", "lsblk")
 	// This process and a new one see it, without a device.
@@ -587,7 +605,7 @@ func TestFenceStopsTheServer(t *testing.T) {
 	s.mu.Lock()
 	s.holds[node] = true
 	s.mu.Unlock()
-	s.b.Grace(time.Hour) // it is not waited for what Nova has given up
+	s.b.Grace(24 * time.Hour) // it is not waited for what Nova has given up
 	evidence, err := s.fence(s.b, 10)
 	if want := fmt.Sprintf("server %s is SHUTOFF, power state 4, and Cinder and Nova show volume %s detached from it", node, s.vol.Ref); err != nil || evidence != want {
 		t.Errorf("got %q, %v; want %q", evidence, err, want)

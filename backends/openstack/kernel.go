@@ -174,9 +174,9 @@ func deviceNumber(path string) (string, error) {
 // glanced is what claimed says when somebody who merely looks at a device, as udev and
 // losetup do, has had the time to close it.
 func glanced(ctx context.Context, claimed func(path string) error, path string) error {
-	for started := time.Now(); ; {
+	for looks := 1; ; looks++ { // counted, as a busy machine is slow to close things
 		err := claimed(path)
-		if !errors.Is(err, backends.ErrInUse) || time.Since(started) > time.Second/2 {
+		if !errors.Is(err, backends.ErrInUse) || looks > 25 {
 			return err
 		}
 		if err := sleep(ctx, 20*time.Millisecond); err != nil {

@@ -153,6 +153,7 @@ func text(info map[string]any, key string) string {
 // open, which is no detach.
 func (l loops) disconnect(ctx context.Context, id string, pace pace) error {
 	for started, asked := time.Now(), false; ; {
+		late := time.Since(started) > pace.device
 		d, ok, err := l.find(id)
 		if err != nil || !ok {
 			return err
@@ -167,7 +168,7 @@ func (l loops) disconnect(ctx context.Context, id string, pace pace) error {
 			}
 			asked = true
 		}
-		if time.Since(started) > pace.device {
+		if late {
 			return fmt.Errorf("%s still has its file: %w", d.path, backends.ErrInUse)
 		}
 		if err := sleep(ctx, pace.first/5); err != nil {

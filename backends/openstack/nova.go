@@ -218,11 +218,11 @@ func (b *Nova) noteToken(ctx context.Context, v *volume, server string, token in
 // device waits until the kernel shows the volume.
 func (a *attaching) device(ctx context.Context) (backends.Attachment, error) {
 	for started := time.Now(); ; {
+		late := time.Since(started) > a.b.pace.device
 		d, ok, err := a.b.disk(a.req.Ref)
 		if err != nil {
 			return backends.Attachment{}, err
 		}
-		late := time.Since(started) > a.b.pace.device
 		if ok {
 			path, err := a.b.kernel.path(d)
 			if err == nil {

@@ -25,7 +25,7 @@ func TestContract(t *testing.T) {
 						}
 					}}
 				},
-				Many: 60, // and see TestPages
+				Many: 60, Timeout: 2 * time.Minute, // and see TestPages
 			})
 		})
 	}

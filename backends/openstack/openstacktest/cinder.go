@@ -135,6 +135,7 @@ func (s *Server) listVolumes(c call) (any, int, *refusal) {
 func (s *Server) volume(c call, v *volume) (any, int, *refusal) {
 	switch what := strings.Join(c.path[2:], "/"); {
 	case what == "" && c.Method == http.MethodGet:
+		v.shown = v.status
 		return map[string]any{"volume": v.json()}, http.StatusOK, nil
 	case what == "" && c.Method == http.MethodDelete:
 		return s.deleteVolume(v)

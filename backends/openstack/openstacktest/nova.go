@@ -144,10 +144,11 @@ func (s *Server) unplug(i *server, v *volume) (any, int, *refusal) {
 	return nil, http.StatusAccepted, nil
 }
 
+// letGo gives up no sooner than somebody has seen that it tries.
 func (s *Server) letGo(i *server, v *volume, tries int) {
 	const off = 4
 	if s.guest != nil && i.power != off && s.guest.Holds(i.id, v.id) {
-		if tries == 0 {
+		if tries <= 0 && v.shown == v.status {
 			v.status = "in-use"
 			return
 		}

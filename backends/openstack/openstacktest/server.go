@@ -105,6 +105,7 @@ type volume struct {
 	multi                        bool
 	metadata                     map[string]string
 	snapshots                    int
+	shown                        string // the status that somebody was told last
 }
 
 type attachment struct {
@@ -292,7 +293,11 @@ func (s *Server) after(wait time.Duration, do func()) {
 	time.AfterFunc(wait, func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		do()
+		select {
+		case <-s.closed:
+		default:
+			do()
+		}
 	})
 }
 
