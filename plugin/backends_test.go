@@ -190,7 +190,7 @@ func TestBackendsCommand(t *testing.T) {
 	}
 	p.begin(t)
 	err := <-p.ended
-	want := "flocker-plugin: " + file + `, line 1: backend a: unknown type "tape"; use csi, ebs, loopback, openstack, rbd` + "\n"
+	want := "flocker-plugin: " + file + `, line 1: backend a: unknown type "tape"; use csi, ebs, loopback, openstack, rbd, share` + "\n"
 	if err == nil || err.Error() != "exit status 1" || p.errout.String() != want {
 		t.Errorf("got %v and %s, want exit status 1 and %s", err, p.errout.String(), want)
 	}

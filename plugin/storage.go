@@ -22,6 +22,7 @@ import (
 	"github.com/flocker-plugin/flocker/backends/loopback"
 	"github.com/flocker-plugin/flocker/backends/openstack"
 	"github.com/flocker-plugin/flocker/backends/rbd"
+	"github.com/flocker-plugin/flocker/backends/share"
 	"github.com/flocker-plugin/flocker/driver/ownership"
 )
 
@@ -82,6 +83,12 @@ var kinds = map[string]kind{
 		func(cfg rbd.Config) map[string]string {
 			return map[string]string{"keyring_file": cfg.KeyringFile}
 		},
+	),
+	"share": kindOf(
+		func(_ string, cfg share.Config, h host) (backends.Backend, error) {
+			return share.New(cfg, h.node, h.cluster)
+		},
+		func(share.Config) map[string]string { return nil },
 	),
 }
 
@@ -357,8 +364,14 @@ func loadBackends(s settings) ([]configured, error) {
 		if err := c.check(); err != nil {
 			return nil, err
 		}
-		if d, ok := c.config.(*directory); ok {
-			dir := filepath.Clean(d.Dir)
+		dir := ""
+		switch config := c.config.(type) {
+		case *directory:
+			dir = filepath.Clean(config.Dir)
+		case *share.Config:
+			dir = filepath.Clean(config.Dir)
+		}
+		if dir != "" {
 			if other, taken := dirs[dir]; taken {
 				return nil, fmt.Errorf("%s, line %d: backend %s: dir %s is that of backend %s", file, c.line, c.name, dir, other)
 			}

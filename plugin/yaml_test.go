@@ -109,10 +109,10 @@ func TestParseBackendsRefuses(t *testing.T) {
 		"gold:\n\ttype: csi":                     "f: line 2: found character that cannot start any token",
 		"gold: {type: csi":                       "f: line 1: did not find expected ',' or '}'",
 		"gold:\n":                                "f, line 1: backend gold: here belong settings, such as type: csi, each with a colon after it",
-		"gold: {}":                               "f, line 1: backend gold: it has no type; use csi, ebs, loopback, openstack, rbd",
-		"\ngold:\n  region: x":                   "f, line 3: backend gold: it has no type; use csi, ebs, loopback, openstack, rbd",
-		"gold:\n  type: cinder":                  `f, line 2: backend gold: unknown type "cinder"; use csi, ebs, loopback, openstack, rbd`,
-		"gold: {type: [csi]}":                    `f, line 1: backend gold: unknown type ""; use csi, ebs, loopback, openstack, rbd`,
+		"gold: {}":                               "f, line 1: backend gold: it has no type; use csi, ebs, loopback, openstack, rbd, share",
+		"\ngold:\n  region: x":                   "f, line 3: backend gold: it has no type; use csi, ebs, loopback, openstack, rbd, share",
+		"gold:\n  type: cinder":                  `f, line 2: backend gold: unknown type "cinder"; use csi, ebs, loopback, openstack, rbd, share`,
+		"gold: {type: [csi]}":                    `f, line 1: backend gold: unknown type ""; use csi, ebs, loopback, openstack, rbd, share`,
 		"Gold: {type: ebs}":                      `f, line 1: "Gold": a backend's name is 1 to 20 small letters, digits and dashes, and begins with a letter`,
 		"a/b: {type: ebs}":                       `f, line 1: "a/b": a backend's name is 1 to 20 small letters, digits and dashes, and begins with a letter`,
 		"a: {type: ebs}\nb: {type: ebs}\na: {}":  "f, line 3: a is there twice, first in line 1",
@@ -175,7 +175,7 @@ func TestKinds(t *testing.T) {
 	}
 	for name, k := range kinds {
 		settable(name, reflect.TypeOf(k.config()).Elem())
-		if k.secrets(k.config()) == nil && name != "loopback" {
+		if k.secrets(k.config()) == nil && name != "loopback" && name != "share" {
 			t.Errorf("%s: no key can have a secret", name)
 		}
 	}
@@ -260,6 +260,8 @@ func TestLoadBackends(t *testing.T) {
 		"a: {type: loopback}":                                                 "line 1: backend a: dir is missing: the absolute path of the directory of its files",
 		"a: {type: loopback, dir: " + state + "/loopback/}":                   "line 1: backend a: dir " + state + "/loopback is that of backend loopback",
 		"a: {type: loopback, dir: /x}\nb: {type: loopback, dir: /y/../x}":     "line 2: backend b: dir /x is that of backend a",
+		"a: {type: share}":                                                    "line 1: backend a: dir is missing: the absolute path of a directory that the hosts share",
+		"a: {type: loopback, dir: /x}\nb: {type: share, dir: /x/}":            "line 2: backend b: dir /x is that of backend a",
 		"a: {type: csi, endpoint: 'unix:///x', secret_files: {user: secret}}": "line 1: backend a: secret_files: user is not the absolute path of a file",
 	} {
 		write(etcBackends, text)
