@@ -88,8 +88,7 @@ type Backend struct {
 
 	calls chan struct{} // bounds how many images are asked about at once
 
-	mu    sync.Mutex // never held while anybody is asked
-	fsid  string
+	mu    sync.Mutex          // never held while anybody is asked
 	metas map[string]metadata // by an image's id; they do not change
 }
 
@@ -259,31 +258,8 @@ func (b *Backend) image(pool, name string) rbdmap.Image {
 	return rbdmap.Image{Cluster: b.ceph, Pool: pool, Namespace: b.cfg.Namespace, Name: name}
 }
 
-// cluster returns the id of the Ceph cluster, which is part of every reference: in
-// another one "not found" would prove nothing.
-func (b *Backend) cluster(ctx context.Context) (string, error) {
-	b.mu.Lock()
-	fsid := b.fsid
-	b.mu.Unlock()
-	if fsid != "" {
-		return fsid, ctx.Err()
-	}
-	var answer struct {
-		FSID string `json:"fsid"`
-	}
-	if err := b.ceph.Ask(ctx, &answer, "ceph", "fsid"); err != nil {
-		return "", err
-	}
-	if _, err := uuid.Parse(answer.FSID); err != nil {
-		return "", fmt.Errorf("ceph fsid has answered %q: %w", answer.FSID, backends.ErrUnavailable)
-	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.fsid = answer.FSID
-	return b.fsid, nil
-}
-
-// ref is <fsid>/<pool>/[<namespace>/]<image>.
+// ref is <fsid>/<pool>/[<namespace>/]<image>. In another cluster "not found" would prove
+// nothing.
 func ref(fsid string, image rbdmap.Image) string { return fsid + "/" + image.Spec() }
 
 // datasetOf returns the dataset of a reference; empty if it is none of this backend.
@@ -302,7 +278,7 @@ func (b *Backend) named(ctx context.Context, r string) (rbdmap.Image, error) {
 	if datasetOf(r) == "" || len(parts) < 3 || len(parts) > 4 {
 		return none, fmt.Errorf("%q is no reference to an RBD volume: %w", r, backends.ErrInvalid)
 	}
-	fsid, err := b.cluster(ctx)
+	fsid, err := b.ceph.FSID(ctx)
 	if err != nil {
 		return none, err
 	}
@@ -334,7 +310,7 @@ func (b *Backend) find(ctx context.Context, r string) (*volume, error) {
 
 // look returns an image, whoever's it is. One whose Create was not finished has no ID.
 func (b *Backend) look(ctx context.Context, image rbdmap.Image) (*volume, error) {
-	fsid, err := b.cluster(ctx)
+	fsid, err := b.ceph.FSID(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -542,7 +518,7 @@ func (b *Backend) List(ctx context.Context) ([]backends.Volume, error) {
 }
 
 func (b *Backend) list(ctx context.Context) ([]backends.Volume, error) {
-	fsid, err := b.cluster(ctx)
+	fsid, err := b.ceph.FSID(ctx)
 	if err != nil {
 		return nil, err
 	}

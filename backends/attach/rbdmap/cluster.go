@@ -12,8 +12,11 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
+
+	"github.com/google/uuid"
 
 	"github.com/flocker-plugin/flocker/backends"
 )
@@ -236,6 +239,31 @@ func (c Cluster) Ask(ctx context.Context, answer any, program string, args ...st
 			backends.Classify(backends.ErrUnavailable, err))
 	}
 	return nil
+}
+
+// fsids are the ids of the clusters that this process has asked, by how they are reached.
+var fsids sync.Map
+
+// FSID returns the cluster's id. It is asked for once: the program for it takes longer than
+// all others.
+func (c Cluster) FSID(ctx context.Context) (string, error) {
+	reached := strings.Join([]string{c.Conf, c.Monitors, c.User, c.Keyring}, "\n")
+	if id, ok := fsids.Load(reached); ok && c.Exec == nil {
+		return id.(string), ctx.Err()
+	}
+	var answer struct {
+		FSID string `json:"fsid"`
+	}
+	if err := c.Ask(ctx, &answer, "ceph", "fsid"); err != nil {
+		return "", err
+	}
+	if _, err := uuid.Parse(answer.FSID); err != nil {
+		return "", fmt.Errorf("ceph fsid has answered %q: %w", answer.FSID, backends.ErrUnavailable)
+	}
+	if c.Exec == nil {
+		fsids.Store(reached, answer.FSID)
+	}
+	return answer.FSID, nil
 }
 
 // Watcher is a client that has an image open for writing.

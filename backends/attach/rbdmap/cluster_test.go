@@ -3,6 +3,7 @@ package rbdmap_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -102,6 +103,32 @@ func TestRun(t *testing.T) {
 	if !errors.Is(err, backends.ErrUnavailable) || !strings.Contains(err.Error(), "the program rbd cannot be run") || !strings.Contains(err.Error(), "install Debian's package ceph-common") {
 		t.Errorf("got %v", err)
 	}
+}
+
+// TestFSID: a cluster is asked once who it is, and asked again if it has not said.
+func TestFSID(t *testing.T) {
+	asked := filepath.Join(t.TempDir(), "asked")
+	ask := func(c rbdmap.Cluster, want string, calls int) {
+		t.Helper()
+		id, err := c.FSID(t.Context())
+		if got := fmt.Sprintf("%s %v", id, err); !strings.Contains(got, want) {
+			t.Errorf("got %s, want %q", got, want)
+		}
+		if lines, _ := os.ReadFile(asked); strings.Count(string(lines), "\n") != calls {
+			t.Errorf("asked %d times, want %d:\n%s", strings.Count(string(lines), "\n"), calls, lines)
+		}
+	}
+	a, b := rbdmap.Cluster{Monitors: "192.0.2.1", User: "fsid"}, rbdmap.Cluster{Monitors: "192.0.2.2", User: "fsid"}
+	program(t, "ceph", "echo asked >>"+asked+"; echo timed out >&2; exit 1")
+	ask(a, "no monitor has answered", 1)
+	program(t, "ceph", "echo asked >>"+asked+`; echo '{"fsid":"none"}'`)
+	ask(a, `ceph fsid has answered "none"`, 2)
+	program(t, "ceph", "echo asked >>"+asked+`; echo '{"fsid":"aaaaaaaa-aaaa-4aaa-8aaa-aaaaaaaaaaaa"}'`)
+	ask(a, "aaaaaaaa-aaaa-4aaa-8aaa-aaaaaaaaaaaa <nil>", 3)
+	ask(a, "aaaaaaaa-aaaa-4aaa-8aaa-aaaaaaaaaaaa <nil>", 3)
+	program(t, "ceph", "echo asked >>"+asked+`; echo '{"fsid":"bbbbbbbb-bbbb-4bbb-8bbb-bbbbbbbbbbbb"}'`)
+	ask(b, "bbbbbbbb-bbbb-4bbb-8bbb-bbbbbbbbbbbb <nil>", 4)
+	ask(a, "aaaaaaaa-aaaa-4aaa-8aaa-aaaaaaaaaaaa <nil>", 4)
 }
 
 // TestHostLacks: a host that can attach nothing says what is missing.
