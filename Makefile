@@ -141,6 +141,11 @@ test-ceph: ## the RBD backend on a real Ceph cluster, which it starts and remove
 	$(MAKE) --no-print-directory deps PACKAGES='$(CEPH)'
 	REQUIRE=root,ceph $(GO) test -race -count 1 -timeout 45m $(if $(RUN),-run '$(RUN)') ./backends/rbd/... ./backends/attach/...
 
+.PHONY: test-ceph-hosts
+test-ceph-hosts: deps build ## Docker hosts with volumes in a real Ceph cluster: moves, a drained node, hosts that are cut off or killed (many minutes, as root)
+	$(MAKE) --no-print-directory deps PACKAGES='$(CEPH)'
+	REQUIRE=root,docker,ceph $(GO) test -race -tags e2e -count 1 -v -timeout 60m -run TestCeph ./e2e
+
 .PHONY: test-e2e
 test-e2e: ## the tests with Docker hosts; RUN=TestName for some of them
 	@mkdir -p build

@@ -147,7 +147,18 @@ type pluginCall struct {
 	Failed              bool
 }
 
-func logFile(h *rig.Host) string { return filepath.Join(h.Dir, "dockerd.log") }
+// logFile is where the plugin's output is: in dockerd's, unless it is a service.
+func logFile(h *rig.Host) string {
+	if own := filepath.Join(h.Dir, "flocker-plugin.log"); exists(own) {
+		return own
+	}
+	return filepath.Join(h.Dir, "dockerd.log")
+}
+
+func exists(file string) bool {
+	_, err := os.Stat(file)
+	return err == nil
+}
 
 // callsOf begins a call log.
 func callsOf(t *testing.T, h *rig.Host) callLog {
@@ -273,12 +284,12 @@ func (c *cluster) leftovers(t *testing.T) []string {
 	for _, h := range c.Hosts {
 		add("container on "+h.Name+":", strings.Fields(h.Run(t, "ps", "-aq"))...)
 		add("volume on "+h.Name+":", volumes(t, h)...)
-		mounts, err := h.Exec(t.Context(), "sh", "-c", `cut -d' ' -f5 /proc/self/mountinfo | grep '/propagated-mount/' || true`)
+		mounts, err := h.Exec(t.Context(), "sh", "-c", `cut -d' ' -f5 /proc/self/mountinfo | grep -e '/propagated-mount/' -e '^/var/lib/flocker/mnt/' || true`)
 		if err != nil {
 			t.Fatal(err)
 		}
 		add("mount on "+h.Name+":", strings.Fields(mounts)...)
-		bare, err := h.Exec(t.Context(), "sh", "-c", `find /var/lib/docker/plugins/*/propagated-mount -mindepth 1`)
+		bare, err := h.Exec(t.Context(), "sh", "-c", `for root in /var/lib/docker/plugins/*/propagated-mount /var/lib/flocker/mnt; do [ ! -d $root ] || find $root -mindepth 1; done`)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -59,11 +59,11 @@ func TestPolicy(t *testing.T) {
 	t.Run("silent", func(t *testing.T) {
 		t.Run("owner cut off from etcd", func(t *testing.T) {
 			t.Parallel()
-			p.testNoEtcd(t, p.Hosts[0], "cut")
+			p.testNoEtcd(t, p.Hosts[0], "cut", "teststore-fenced")
 		})
 		t.Run("owner paused", func(t *testing.T) {
 			t.Parallel()
-			p.testPaused(t, p.Hosts[1], "paused")
+			p.testPaused(t, p.Hosts[1], "paused", "teststore")
 		})
 	})
 	step("owners that are silent and go on")
@@ -246,7 +246,8 @@ func wantLogged(t *testing.T, h *rig.Host, volume, text string) {
 			return err
 		}
 		for line := range strings.Lines(string(log)) {
-			if strings.Contains(line, text) && strings.Contains(line, "volume="+volume+`"`) {
+			of := "volume=" + volume // dockerd puts what it is told in quotes
+			if strings.Contains(line, text) && (strings.Contains(line, of+`"`) || strings.HasSuffix(line, of+"\n")) {
 				return nil
 			}
 		}
@@ -460,9 +461,9 @@ func (p *policy) testStorageDown(t *testing.T) {
 }
 
 // testNoEtcd is an owner that goes on, and cannot reach etcd.
-func (p *policy) testNoEtcd(t *testing.T, owner *rig.Host, volume string) {
+func (p *policy) testNoEtcd(t *testing.T, owner *rig.Host, volume, backend string) {
 	taker := p.Hosts[2]
-	id := p.create(t, owner, volume, "teststore-fenced")
+	id := p.create(t, owner, volume, backend)
 	was := startRival(t, owner, "islander", volume)
 	if err := owner.Cut(t.Context(), "etcd"); err != nil {
 		t.Fatal(err)
@@ -492,9 +493,9 @@ func (p *policy) testNoEtcd(t *testing.T, owner *rig.Host, volume string) {
 
 // testPaused is an owner that does nothing for a while, and then goes on where it
 // was.
-func (p *policy) testPaused(t *testing.T, owner *rig.Host, volume string) {
+func (p *policy) testPaused(t *testing.T, owner *rig.Host, volume, backend string) {
 	taker := p.Hosts[2]
-	id := p.create(t, owner, volume, "teststore")
+	id := p.create(t, owner, volume, backend)
 	was := startRival(t, owner, "sleeper", volume)
 	if err := owner.Pause(); err != nil {
 		t.Fatal(err)

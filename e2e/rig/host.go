@@ -32,6 +32,8 @@ type Host struct {
 	dockerd    *process
 	containerd *process
 	initiator  *process // of the test storage
+	plugin     *process // the plugin as a service of the host
+	service    []string // and its settings; nil if there is none
 }
 
 func (r *Rig) newHost(n int) *Host {
@@ -58,6 +60,11 @@ func (h *Host) Boot(ctx context.Context) error {
 	}
 	if h.r.store != nil {
 		if err := h.StartInitiator(ctx); err != nil {
+			return err
+		}
+	}
+	if h.service != nil {
+		if err := h.startPlugin(ctx); err != nil {
 			return err
 		}
 	}
@@ -222,7 +229,7 @@ func (h *Host) Kill(ctx context.Context) error {
 	if err := h.m.off(ctx); err != nil {
 		return err
 	}
-	mine, err := loopNames(h.Dir)
+	mine, err := loopMarks(h.Dir)
 	if err != nil {
 		return err
 	}
@@ -241,10 +248,10 @@ func (h *Host) Partition(ctx context.Context) error {
 	return h.r.sw.inNet(ctx, "ip", "link", "set", h.link, "down")
 }
 
-// Cut loses every packet between the host and "etcd" or the test "storage". The
-// rest of its network stays as it is.
+// Cut loses every packet between the host and "etcd" or the "storage", which is the test
+// storage and what was started with Serve. The rest of its network stays as it is.
 func (h *Host) Cut(ctx context.Context, from string) error {
-	addrs := map[string][]string{"storage": {storeAddr}}
+	addrs := map[string][]string{"storage": {storeAddr, serviceAddr}}
 	for i := range etcdMembers {
 		addrs["etcd"] = append(addrs["etcd"], etcdAddr(i))
 	}

@@ -21,9 +21,10 @@ import (
 
 // loop is an attached loop device.
 type loop struct {
-	device string
-	name   string // lo_file_name: what its maker noted down; of the test storage, the file's name
-	file   fileID
+	device   string
+	sequence string // the kernel gives it to a disk once
+	name     string // lo_file_name: what its maker noted down; of the test storage, the file's name
+	file     fileID
 }
 
 // fileID is a file whatever it is called.
@@ -38,9 +39,10 @@ func loops() ([]loop, error) {
 	}
 	var all []loop
 	for _, path := range attached {
-		l := loop{device: "/dev/" + filepath.Base(filepath.Dir(path))}
+		l := loop{device: "/dev/" + filepath.Base(filepath.Dir(path)), sequence: sequenceOf(filepath.Dir(path))}
 		// Such a device may wait for its server when it is asked anything.
-		if file, err := os.ReadFile(filepath.Join(path, "backing_file")); err == nil && strings.HasPrefix(filepath.Base(string(file)), "teststore.") {
+		if file, err := os.ReadFile(filepath.Join(path, "backing_file")); err == nil &&
+			(strings.HasPrefix(filepath.Base(string(file)), "teststore.") || strings.HasPrefix(string(file), rbdDir)) {
 			l.name = filepath.Base(string(file))
 			all = append(all, l)
 			continue
@@ -54,6 +56,10 @@ func loops() ([]loop, error) {
 		if errors.Is(err, unix.ENXIO) {
 			continue // detached since
 		}
+		if errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.ECONNABORTED) { // its server has ended
+			all = append(all, l)
+			continue
+		}
 		if err != nil {
 			return nil, fmt.Errorf("ask %s: %w", l.device, err)
 		}
@@ -61,6 +67,19 @@ func loops() ([]loop, error) {
 		all = append(all, l)
 	}
 	return all, nil
+}
+
+// rbdDir is where the plugin on a host has what it has attached of Ceph RBD.
+const rbdDir = "/run/flocker/rbd/"
+
+// sequenceOf returns the number that the kernel has given the disk in a directory of
+// sysfs; empty if that is gone.
+func sequenceOf(dir string) string {
+	text, err := os.ReadFile(filepath.Join(dir, "diskseq"))
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(text))
 }
 
 // Loops returns the loop devices that the rig's hosts have attached, or that are
@@ -98,7 +117,7 @@ func detachLoops(ctx context.Context, dir string) error {
 
 // loopsBelow says which loop devices belong to the hosts below dir.
 func loopsBelow(dir string) (func(loop) bool, error) {
-	prefixes, err := loopNames(filepath.Join(dir, "*"))
+	known, err := loopMarks(filepath.Join(dir, "*"))
 	if err != nil {
 		return nil, err
 	}
@@ -127,30 +146,47 @@ func loopsBelow(dir string) (func(loop) bool, error) {
 			}
 		}
 	}
-	return func(l loop) bool { return files[l.file] || prefixes.of(l) }, nil
+	return func(l loop) bool { return files[l.file] || known.of(l) }, nil
 }
 
-// names are what the loop devices' names of some hosts begin with.
-type names []string
-
-func (n names) of(l loop) bool {
-	return slices.ContainsFunc(n, func(prefix string) bool { return strings.HasPrefix(l.name, prefix) })
+// marks are what the loop devices of some hosts are known by.
+type marks struct {
+	names []string          // theirs begin with one of these
+	noted map[string]string // the sequence number of a device that was written down
 }
 
-// loopNames says how the loop devices are named that the hosts in the directories
-// dirs, a pattern, have attached: loopback notes down a hash of the node, the test
-// storage one of the host.
-func loopNames(dirs string) (names, error) {
-	var all names
+func (m marks) of(l loop) bool {
+	return l.sequence != "" && m.noted[l.device] == l.sequence ||
+		slices.ContainsFunc(m.names, func(prefix string) bool { return strings.HasPrefix(l.name, prefix) })
+}
+
+// loopMarks says how to know the loop devices that the hosts in the directories dirs, a
+// pattern, have attached: loopback gives them the name of a hash of the node, the test
+// storage one of the host, and rbd writes down which it has.
+func loopMarks(dirs string) (marks, error) {
+	all := marks{noted: map[string]string{}}
 	hosts, _ := filepath.Glob(dirs)
 	for _, host := range hosts {
-		all = append(all, teststore.FilePrefix(initiatorName(host)))
+		all.names = append(all.names, teststore.FilePrefix(initiatorName(host)))
+	}
+	notes, _ := filepath.Glob(filepath.Join(dirs, "run", "rbd", "*", "m-*", "device"))
+	for _, note := range notes {
+		text, err := os.ReadFile(note)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // just removed
+		}
+		if err != nil {
+			return all, err
+		}
+		if device, sequence, ok := strings.Cut(string(text), " "); ok {
+			all.noted[device] = sequence
+		}
 	}
 	files, _ := filepath.Glob(filepath.Join(dirs, "lib", "flocker", "node.json"))
 	for _, file := range files {
 		data, err := os.ReadFile(file)
 		if err != nil {
-			return nil, err
+			return all, err
 		}
 		var node struct {
 			ID string `json:"id"`
@@ -159,7 +195,7 @@ func loopNames(dirs string) (names, error) {
 			continue // a test has damaged it
 		}
 		hash := sha256.Sum256([]byte(node.ID))
-		all = append(all, fmt.Sprintf("fl/%x/", hash[:6]))
+		all.names = append(all.names, fmt.Sprintf("fl/%x/", hash[:6]))
 	}
 	return all, nil
 }

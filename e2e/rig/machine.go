@@ -23,7 +23,8 @@ import (
 // arguments are the machine's name, its directory and the shared directory.
 //
 // /run and /etc are the machine's own and last until it is switched off; /var/lib
-// is its disk. Nothing is mounted outside of the machine's mount namespace.
+// is its disk. What is in /run/flocker can be seen from outside, in run/, until the machine
+// is switched on again. Nothing is mounted outside of the machine's mount namespace.
 const bootScript = `
 hostname "$1"
 mount -t tmpfs tmpfs /run
@@ -32,7 +33,9 @@ mount -t overlay overlay -o lowerdir=/etc,upperdir=/run/etc,workdir=/run/work /e
 mkdir -p /etc/docker
 echo "$1" >/etc/hostname
 echo "127.0.0.1 localhost $1" >/etc/hosts
-mkdir -p "$2/lib/docker" "$2/lib/containerd" "$2/lib/flocker/loopback"
+rm -rf "$2/run"
+mkdir -p "$2/lib/docker" "$2/lib/containerd" "$2/lib/flocker/loopback" "$2/run" /run/flocker
+mount --bind "$2/run" /run/flocker
 mount --bind "$2/lib" /var/lib
 mount --bind "$3" /var/lib/flocker/loopback
 ip link set lo up

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -42,9 +43,7 @@ func (h *Host) InstallPlugin(ctx context.Context, settings map[string]string) er
 			}
 			from = filepath.Join(root, "build", "plugin")
 		}
-		// The command line is built beside it.
-		cli := filepath.Join(h.r.Dir, "cli", "cli-plugins", "docker-flocker")
-		if p.err = os.Symlink(filepath.Join(filepath.Dir(from), "docker-flocker"), cli); p.err != nil {
+		if p.err = h.r.commandLine(filepath.Dir(from)); p.err != nil {
 			return
 		}
 		p.path = filepath.Join(h.r.Dir, "plugin")
@@ -58,6 +57,53 @@ func (h *Host) InstallPlugin(ctx context.Context, settings map[string]string) er
 		return p.err
 	}
 	return InstallPlugin(ctx, p.path, settings, h.Docker)
+}
+
+// commandLine makes docker flocker known, which was built in a directory.
+func (r *Rig) commandLine(dir string) error {
+	return os.Symlink(filepath.Join(dir, "docker-flocker"), filepath.Join(r.Dir, "cli", "cli-plugins", "docker-flocker"))
+}
+
+// RunPlugin runs the plugin on the host as flocker.service does: without Docker, in the
+// host's own namespaces. It is started again with the host, and when it was killed. The
+// settings are environment variables.
+func (h *Host) RunPlugin(ctx context.Context, settings map[string]string) error {
+	root, err := sourceRoot()
+	if err != nil {
+		return err
+	}
+	p := &h.r.plugin
+	p.once.Do(func() {
+		p.path = filepath.Join(root, "build", "flocker-plugin")
+		if _, p.err = os.Stat(p.path); p.err != nil {
+			p.err = fmt.Errorf("%w; `make build` makes it", p.err)
+			return
+		}
+		p.err = h.r.commandLine(filepath.Dir(p.path))
+	})
+	if p.err != nil {
+		return p.err
+	}
+	h.service = []string{"FLOCKER_MOUNT_ROOT=/var/lib/flocker/mnt", "FLOCKER_DOCKER_SOCKET=/run/docker.sock"}
+	for _, name := range slices.Sorted(maps.Keys(settings)) {
+		h.service = append(h.service, name+"="+settings[name])
+	}
+	return h.startPlugin(ctx)
+}
+
+// startPlugin starts the plugin as a service, and waits until it listens.
+func (h *Host) startPlugin(ctx context.Context) (err error) {
+	h.plugin, err = h.m.start(ctx, "flocker-plugin", h.service, h.r.plugin.path)
+	if err != nil {
+		return err
+	}
+	return h.wait(ctx, h.plugin, func() error {
+		conn, err := (&net.Dialer{}).DialContext(ctx, "unix", fmt.Sprintf("/proc/%d/root/run/docker/plugins/flocker.sock", h.m.pid))
+		if err != nil {
+			return err
+		}
+		return conn.Close()
+	})
 }
 
 // InstallPlugin does the same on every host at once.
@@ -155,6 +201,9 @@ func dropCapabilities(config []byte) (changed []byte, dropped []string, err erro
 
 // PluginPID returns the number of the plugin's process, as seen from outside.
 func (h *Host) PluginPID() (int, error) {
+	if h.service != nil {
+		return h.plugin.pid, nil
+	}
 	for _, pid := range h.m.pids() {
 		cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
 		if err != nil {
@@ -168,8 +217,14 @@ func (h *Host) PluginPID() (int, error) {
 }
 
 // KillPlugin kills the plugin's process as a crash does, and waits until it has
-// ended. Docker starts another at once.
+// ended. Docker starts another at once; the service is started here.
 func (h *Host) KillPlugin(ctx context.Context) error {
+	if h.service != nil {
+		if err := h.plugin.stop(ctx, syscall.SIGKILL); err != nil {
+			return err
+		}
+		return h.startPlugin(ctx)
+	}
 	pid, err := h.PluginPID()
 	if err != nil {
 		return err

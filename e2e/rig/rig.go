@@ -93,7 +93,9 @@ const (
 	hostNet    = "198.18.0.%d"
 	etcdFirst  = 11
 	storeAddr  = "198.18.0.21"
-	hostFirst  = 101
+	// serviceAddr is that of what Serve is for.
+	serviceAddr = "198.18.0.31"
+	hostFirst   = 101
 )
 
 // New starts a rig for a test, which is skipped (or failed, see Require) where
@@ -332,6 +334,15 @@ func (r *Rig) Swarm(ctx context.Context) error {
 		_, err := h.Docker(ctx, "swarm", "join", "--advertise-addr", h.Addr, "--token", token, first.Addr+":2377")
 		return err
 	})
+}
+
+// Serve makes room on the rig's network for a storage system of the caller's: it has the
+// address, if its programs are started with the command enter in front.
+func (r *Rig) Serve(ctx context.Context) (addr string, enter []string, err error) {
+	if _, err := r.sw.exec(ctx, "ip", "addr", "add", serviceAddr+"/24", "dev", "br0"); err != nil {
+		return "", nil, fmt.Errorf("serve on the rig's network: %w", err)
+	}
+	return serviceAddr, []string{"nsenter", fmt.Sprintf("--net=/proc/%d/ns/net", r.sw.pid), "--"}, nil
 }
 
 // Dial connects to an address of the rig's network, which this process is not on.

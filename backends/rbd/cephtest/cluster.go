@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -30,6 +31,7 @@ type Cluster struct {
 	// Monitors are the monitor's addresses.
 	Monitors string
 
+	place   Place
 	daemons map[string]*daemon
 }
 
@@ -47,14 +49,27 @@ type daemon struct {
 // Prefix is what the directories of clusters begin with. It is short: sockets are below.
 const Prefix = "/tmp/flocker-ceph-"
 
-// Start starts a cluster, which takes about ten seconds.
-func Start(ctx context.Context) (c *Cluster, err error) {
+// Place is where a cluster runs, if not on loopback.
+type Place struct {
+	// Addr is the address of its daemons.
+	Addr string
+	// Enter is a command that runs what follows it where that address is.
+	Enter []string
+}
+
+// Start starts a cluster on loopback, which takes about ten seconds.
+func Start(ctx context.Context) (*Cluster, error) {
+	return StartAt(ctx, Place{Addr: "127.0.0.1"})
+}
+
+// StartAt starts a cluster somewhere.
+func StartAt(ctx context.Context, place Place) (c *Cluster, err error) {
 	dir, err := os.MkdirTemp("/tmp", strings.TrimPrefix(Prefix, "/tmp/"))
 	if err != nil {
 		return nil, err
 	}
 	c = &Cluster{
-		Dir: dir, Conf: dir + "/ceph.conf", Keyring: dir + "/flocker.keyring", daemons: map[string]*daemon{},
+		Dir: dir, Conf: dir + "/ceph.conf", Keyring: dir + "/flocker.keyring", place: place, daemons: map[string]*daemon{},
 	}
 	defer func() { //nolint:contextcheck // it is cleaned up whatever ctx says
 		if err != nil {
@@ -99,7 +114,7 @@ func Start(ctx context.Context) (c *Cluster, err error) {
 // OSD may serve reads that hears nothing of others; one that is alone, and was stopped for
 // longer, would take minutes to find out that there are none.
 func (c *Cluster) configure(ctx context.Context, fsid string) error {
-	var ports []any
+	ports := []any{c.place.Addr}
 	for range 2 {
 		l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", "127.0.0.1:0")
 		if err != nil {
@@ -108,7 +123,7 @@ func (c *Cluster) configure(ctx context.Context, fsid string) error {
 		defer l.Close()
 		ports = append(ports, l.Addr().(*net.TCPAddr).Port)
 	}
-	c.Monitors = fmt.Sprintf("[v2:127.0.0.1:%d,v1:127.0.0.1:%d]", ports...)
+	c.Monitors = fmt.Sprintf("[v2:%[1]s:%[2]d,v1:%[1]s:%[3]d]", ports...)
 	for _, sub := range []string{"mon", "osd", "run", "log"} {
 		if err := os.Mkdir(filepath.Join(c.Dir, sub), 0o700); err != nil {
 			return err
@@ -131,8 +146,8 @@ mon_allow_pool_size_one = true
 mon_allow_pool_delete = true
 mon_data_avail_crit = 1
 mon_data_avail_warn = 1
-public_addr = 127.0.0.1
-cluster_addr = 127.0.0.1
+public_addr = %[4]s
+cluster_addr = %[4]s
 run_dir = %[3]s/run
 log_file = %[3]s/log/$name.log
 mon_data = %[3]s/mon
@@ -149,7 +164,7 @@ keyring = %[3]s/admin.keyring
 log_file = /dev/null
 [client.flocker]
 log_file = /dev/null
-`, fsid, c.Monitors, c.Dir)
+`, fsid, c.Monitors, c.Dir, c.place.Addr)
 	return os.WriteFile(c.Conf, []byte(text), 0o600)
 }
 
@@ -199,10 +214,12 @@ func (c *Cluster) osd(ctx context.Context) error {
 func (c *Cluster) Run(ctx context.Context, args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, args[0], append([]string{"--conf", c.Conf}, args[1:]...)...)
-	if args[0] == "ceph-authtool" || args[0] == "monmaptool" {
-		cmd = exec.CommandContext(ctx, args[0], args[1:]...)
+	line := slices.Concat(c.place.Enter, args[:1])
+	if args[0] != "ceph-authtool" && args[0] != "monmaptool" {
+		line = append(line, "--conf", c.Conf)
 	}
+	line = append(line, args[1:]...)
+	cmd := exec.CommandContext(ctx, line[0], line[1:]...)
 	var errs strings.Builder
 	cmd.Stderr = &errs
 	cmd.WaitDelay = time.Second
@@ -221,7 +238,8 @@ func (c *Cluster) start(program string, args ...string) error {
 		// The kernel takes the death of this thread for that of the process.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
-		cmd := exec.Command(program, append([]string{"--conf", c.Conf, "-f"}, args...)...) //nolint:noctx // it outlives the call
+		line := slices.Concat(c.place.Enter, []string{program, "--conf", c.Conf, "-f"}, args)
+		cmd := exec.Command(line[0], line[1:]...) //nolint:noctx // it outlives the call
 		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 		err := cmd.Start()
 		d.process = cmd.Process
