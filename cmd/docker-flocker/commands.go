@@ -36,6 +36,7 @@ func (c *cli) root() *cobra.Command {
 		c.group("backend", "The storage backends of this host", c.backendLs()),
 		c.group("volume", "Repairs of volumes", c.reinstate()),
 		c.group("cluster", "Repairs of the cluster as a whole", c.acceptRestore()),
+		c.group("ca", "Certificates of the cluster's hosts and users", c.caInit(), c.caNode(), c.caUser()),
 	)
 	return root
 }
