@@ -117,7 +117,7 @@ test: deps engine plugin-teststore ## everything, with what it needs
 
 .PHONY: test-unit
 test-unit: ## all but the tests with Docker hosts
-	$(GO) test -race -timeout 15m $$($(GO) list ./... | grep -v -e /backends/ebs -e /backends/rbd/cephtest)
+	$(GO) test -race -timeout 15m $$($(GO) list ./... | grep -v -e /backends/ebs -e /backends/rbd/cephtest -e /e2e/vm)
 	for dir in $(MODULES); do (cd $$dir && $(GO) test -race -count 1 -timeout 10m ./...) || exit; done
 
 .PHONY: test-ebs
@@ -145,6 +145,27 @@ test-ceph: ## the RBD backend on a real Ceph cluster, which it starts and remove
 test-ceph-hosts: deps build ## Docker hosts with volumes in a real Ceph cluster: moves, a drained node, hosts that are cut off or killed (many minutes, as root)
 	$(MAKE) --no-print-directory deps PACKAGES='$(CEPH)'
 	REQUIRE=root,docker,ceph $(GO) test -race -tags e2e -count 1 -v -timeout 60m -run TestCeph ./e2e
+
+# What runs a virtual machine. Its kernel is unpacked, and not installed.
+VM     := dpkg kmod qemu-system-x86
+KERNEL := $(CACHE)/kernel-$(DEBIAN)
+
+.PHONY: test-vm
+test-vm: ## backends in virtual machines, with a kernel of their own and disks that come and go (minutes); RUN=TestName
+	$(MAKE) --no-print-directory deps PACKAGES='$(VM)'
+	$(MAKE) --no-print-directory kernel
+	CGO_ENABLED=0 VM_KERNEL=$(KERNEL) REQUIRE=vm $(GO) test -count 1 -v -timeout 30m $(if $(RUN),-run '$(RUN)') ./e2e/vm
+
+.PHONY: kernel
+kernel:
+	@[ -d $(KERNEL) ] || { set -e; \
+		tmp=$$(mktemp -d); trap 'rm -rf $$tmp' EXIT; cd $$tmp; mkdir root; \
+		get() { timeout 900 apt-get -qq -o Acquire::Retries=3 -o APT::Sandbox::User=root download \
+			$$(apt-cache depends linux-image-amd64 | sed -n 's/.*Depends: \(linux-image-.*\)/\1/p'); }; \
+		get 2>/dev/null || { timeout 900 apt-get -qq update && get; }; \
+		dpkg-deb --fsys-tarfile linux-image-*.deb | tar -x -C root --wildcards './boot/vmlinuz-*' './lib/modules'; \
+		depmod -b root $$(ls root/lib/modules); \
+		mkdir -p $(CACHE); cp -a root $(KERNEL).new; mv $(KERNEL).new $(KERNEL); }
 
 .PHONY: test-e2e
 test-e2e: ## the tests with Docker hosts; RUN=TestName for some of them

@@ -1,0 +1,281 @@
+package vm_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/rpc"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/backends/ebs"
+)
+
+// order is what a guest is told when it starts.
+type order struct {
+	// Modules of the kernel are to be loaded in this order.
+	Modules []string
+	// Port is where the test listens for it.
+	Port int
+}
+
+const (
+	orderFile = "/order"
+	// hostAddress is that of the test's own host, and guestAddress the guest's, in qemu's
+	// network.
+	hostAddress, guestAddress = "10.0.2.2", "10.0.2.15"
+)
+
+// beGuest is what this program does as the first process of a machine.
+func beGuest() {
+	if err := serveTest(); err != nil {
+		fmt.Println("guest:", err)
+	}
+	_ = syscall.Reboot(syscall.LINUX_REBOOT_CMD_POWER_OFF)
+	os.Exit(1)
+}
+
+func serveTest() error {
+	for dir, kind := range map[string]string{"/dev": "devtmpfs", "/proc": "proc", "/sys": "sysfs", "/tmp": "tmpfs"} {
+		if err := syscall.Mount(kind, dir, kind, 0, ""); err != nil {
+			return fmt.Errorf("mount %s: %w", dir, err)
+		}
+	}
+	text, err := os.ReadFile(orderFile)
+	if err != nil {
+		return err
+	}
+	var o order
+	if err := json.Unmarshal(text, &o); err != nil {
+		return err
+	}
+	for _, module := range o.Modules {
+		if err := load(module); err != nil {
+			return err
+		}
+	}
+	for name, address := range map[string]string{"lo": "127.0.0.1", "eth0": guestAddress} {
+		if err := up(name, address); err != nil {
+			return fmt.Errorf("interface %s: %w", name, err)
+		}
+	}
+	conn, err := net.DialTimeout("tcp", fmt.Sprintf("%s:%d", hostAddress, o.Port), time.Minute)
+	if err != nil {
+		return err
+	}
+	server := rpc.NewServer()
+	if err := server.Register(&Guest{files: map[int]*os.File{}}); err != nil {
+		return err
+	}
+	server.ServeConn(conn)
+	return nil
+}
+
+func load(module string) error {
+	f, err := os.Open(module)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := unix.FinitModule(int(f.Fd()), "", 0); err != nil {
+		return fmt.Errorf("module %s: %w", module, err)
+	}
+	return nil
+}
+
+// up gives an interface an address in a network of 256, and starts it.
+func up(name, address string) error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	for _, is := range []struct {
+		call    uint
+		address []byte
+	}{{unix.SIOCSIFADDR, net.ParseIP(address).To4()}, {unix.SIOCSIFNETMASK, []byte{255, 255, 255, 0}}, {unix.SIOCSIFFLAGS, nil}} {
+		req, err := unix.NewIfreq(name)
+		if err != nil {
+			return err
+		}
+		if is.address == nil {
+			req.SetUint16(unix.IFF_UP)
+		} else if err := req.SetInet4Addr(is.address); err != nil {
+			return err
+		}
+		if err := unix.IoctlIfreq(fd, is.call, req); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Guest is what the test can ask a machine to do.
+type Guest struct {
+	backend backends.Backend
+
+	mu    sync.Mutex
+	files map[int]*os.File
+
+	acknowledged atomic.Int64
+}
+
+// None is nothing to say.
+type None struct{ No bool }
+
+// EBSOrder is what a backend is made from.
+type EBSOrder struct {
+	Config ebs.Config
+	Self   ebs.Self
+	Env    map[string]string
+}
+
+// EBS starts the plugin's part that is tested, or starts it anew.
+func (g *Guest) EBS(o EBSOrder, _ *None) (err error) {
+	for name, value := range o.Env {
+		if err := os.Setenv(name, value); err != nil {
+			return err
+		}
+	}
+	g.backend, err = ebs.New(o.Config, o.Self)
+	return err
+}
+
+// Attach is the backend's.
+func (g *Guest) Attach(req backends.AttachRequest, att *backends.Attachment) (err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), callLimit)
+	defer cancel()
+	*att, err = g.backend.Attach(ctx, req)
+	return err
+}
+
+// Detach is the backend's.
+func (g *Guest) Detach(att backends.Attachment, _ *None) error {
+	ctx, cancel := context.WithTimeout(context.Background(), callLimit)
+	defer cancel()
+	return g.backend.Detach(ctx, att)
+}
+
+// Attachments is the backend's.
+func (g *Guest) Attachments(_ None, atts *[]backends.Attachment) (err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), callLimit)
+	defer cancel()
+	*atts, err = g.backend.Attachments(ctx)
+	return err
+}
+
+// Open opens a device, and keeps it open.
+func (g *Guest) Open(path string, file *int) error {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	*file = int(f.Fd())
+	g.files[*file] = f
+	return nil
+}
+
+// Close closes what Open has opened.
+func (g *Guest) Close(file int, _ *None) error {
+	g.mu.Lock()
+	f := g.files[file]
+	delete(g.files, file)
+	g.mu.Unlock()
+	return f.Close()
+}
+
+// Data is a part of a device.
+type Data struct {
+	Path   string
+	Offset int64
+	Bytes  []byte
+}
+
+// Write writes to a device, and syncs.
+func (g *Guest) Write(d Data, _ *None) error {
+	f, err := os.OpenFile(d.Path, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := f.WriteAt(d.Bytes, d.Offset); err != nil {
+		return err
+	}
+	return f.Sync()
+}
+
+// Read reads as many bytes of a device as it is given.
+func (g *Guest) Read(d Data, data *[]byte) error {
+	f, err := os.Open(d.Path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	*data = make([]byte, len(d.Bytes))
+	_, err = f.ReadAt(*data, d.Offset)
+	return err
+}
+
+// List lists a directory.
+func (g *Guest) List(dir string, names *[]string) error {
+	entries, err := os.ReadDir(dir)
+	for _, e := range entries {
+		*names = append(*names, e.Name())
+	}
+	return err
+}
+
+// File returns what is in a file.
+func (g *Guest) File(path string, text *string) error {
+	b, err := os.ReadFile(path)
+	*text = string(bytes.TrimSpace(b))
+	return err
+}
+
+// record is the size of what Hammer writes.
+const record = 4096
+
+// Records is how many Hammer writes before it begins again with the first.
+const records = 1024
+
+// Hammer writes numbered records to a device, one after the other, each synced before it
+// counts, until one fails.
+func (g *Guest) Hammer(path string, failed *string) error {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	g.acknowledged.Store(0)
+	for n := int64(1); ; n++ {
+		if _, err = f.WriteAt(numbered(n), n%records*record); err == nil {
+			err = f.Sync()
+		}
+		if err != nil {
+			*failed = err.Error()
+			return nil
+		}
+		g.acknowledged.Store(n)
+	}
+}
+
+// Acknowledged is the number of Hammer's last record that was.
+func (g *Guest) Acknowledged(_ None, n *int64) error {
+	*n = g.acknowledged.Load()
+	return nil
+}
+
+func numbered(n int64) []byte {
+	return bytes.Repeat(binary.LittleEndian.AppendUint64(nil, uint64(n)), record/8)
+}
