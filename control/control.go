@@ -1,5 +1,5 @@
 // Package control is what an operator asks of the plugin beside Docker: which
-// nodes there are, that one of them is dead, that a volume may be used again, that
+// nodes and volumes there are and how they are, that a node is dead, that a volume may be used again, that
 // a restored etcd is the right one. It serves the requests of control/api; it
 // decides nothing, but asks the driver, and sees to it that what is dangerous was
 // typed twice.
@@ -8,6 +8,7 @@
 package control
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -34,6 +35,10 @@ type Driver interface {
 	ConfirmDead(ctx context.Context, host string, d ownership.Death) (ownership.Death, error)
 	Reinstate(ctx context.Context, name, by string) error
 	AcceptRestore(ctx context.Context, by string) (gen int64, err error)
+	// Survey returns all volumes, stale ones if etcd does not answer; Get one. They do
+	// not ask the storage.
+	Survey(ctx context.Context) (volumes []driver.Volume, stale bool)
+	Get(ctx context.Context, name string) (driver.Volume, error)
 	// Backends asks each backend of this host whether it answers.
 	Backends(ctx context.Context) []driver.BackendStatus
 }
@@ -42,6 +47,10 @@ type Driver interface {
 type Owners interface {
 	List(ctx context.Context) ([]ownership.View, error)
 	Silence(node string) (silent time.Duration, ok bool)
+	// Node is this host's, and Live an error if it cannot use etcd now.
+	Node() ownership.Node
+	Live() error
+	Cluster() string
 }
 
 const (
@@ -59,15 +68,21 @@ const (
 
 // Admin serves the requests of control/api.
 type Admin struct {
-	driver Driver
-	owners Owners
-	log    *logrus.Entry
-	mux    *http.ServeMux
+	driver  Driver
+	owners  Owners
+	version string
+	log     *logrus.Entry
+	mux     *http.ServeMux
 }
 
-// New makes an Admin. Every change that is asked for is logged, done or not.
-func New(d Driver, owners Owners, log *logrus.Entry) *Admin {
-	a := &Admin{driver: d, owners: owners, log: log, mux: http.NewServeMux()}
+// New makes an Admin of the plugin of this version. Every change that is asked for
+// is logged, done or not.
+func New(d Driver, owners Owners, version string, log *logrus.Entry) *Admin {
+	a := &Admin{driver: d, owners: owners, version: version, log: log, mux: http.NewServeMux()}
+	a.handle("GET /v1/version", a.about)
+	a.handle("GET /v1/status", a.status)
+	a.handle("GET /v1/volumes", a.volumes)
+	a.handle("GET /v1/volumes/{name}", a.volume)
 	a.handle("GET /v1/nodes", a.nodes)
 	a.handle("GET /v1/backends", a.backends)
 	a.handle("POST /v1/nodes/{host}/confirm-dead", a.confirmDead)
@@ -94,24 +109,26 @@ func badRequest(format string, args ...any) error {
 	return &refusal{http.StatusBadRequest, fmt.Sprintf(format, args...)}
 }
 
-func (a *Admin) handle(pattern string, answer func(ctx context.Context, r *http.Request) (any, error)) {
+func (a *Admin) handle(pattern string, ask func(ctx context.Context, r *http.Request) (any, error)) {
 	a.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 		ctx, cancel := context.WithTimeoutCause(r.Context(), deadline, fmt.Errorf("not done within %v", deadline))
 		defer cancel()
 		rc := http.NewResponseController(w)
 		_ = rc.SetReadDeadline(time.Now().Add(ioLimit)) // a recorder in a test has none
 		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
-		got, err := answer(ctx, r)
+		got, err := ask(ctx, r)
 		status := http.StatusOK
 		if err != nil {
 			status, got = statusOf(err), api.Failure{Error: err.Error()}
 		}
+		var answer bytes.Buffer
+		enc := json.NewEncoder(&answer)
+		enc.SetEscapeHTML(false) // people read these texts
+		_ = enc.Encode(got)      // all of them can be
 		_ = rc.SetWriteDeadline(time.Now().Add(ioLimit))
 		w.Header().Set("Content-Type", "application/json")
 		w.WriteHeader(status)
-		enc := json.NewEncoder(w)
-		enc.SetEscapeHTML(false) // people read these texts
-		_ = enc.Encode(got)      // whoever has gone away may ask again
+		_, _ = w.Write(answer.Bytes()) // whoever has gone away may ask again
 	})
 }
 

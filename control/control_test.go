@@ -28,6 +28,9 @@ type fake struct {
 	views   []ownership.View
 	// backends are those of the host.
 	backends []driver.BackendStatus
+	volumes  []driver.Volume
+	stale    bool
+	live     error
 	// err is what a change ends with; the other two are what the questions do.
 	err, nodesErr, listErr error
 	wait                   bool // until the request's context is done
@@ -64,6 +67,26 @@ func (f *fake) AcceptRestore(ctx context.Context, by string) (int64, error) {
 
 func (f *fake) List(context.Context) ([]ownership.View, error) { return f.views, f.listErr }
 
+func (f *fake) Survey(context.Context) ([]driver.Volume, bool) { return f.volumes, f.stale }
+
+func (f *fake) Get(ctx context.Context, name string) (driver.Volume, error) {
+	for _, v := range f.volumes {
+		if v.Name == name {
+			return v, nil
+		}
+	}
+	if f.wait {
+		return driver.Volume{}, f.do(ctx, "get %s", name)
+	}
+	return driver.Volume{}, ownership.ErrNotFound
+}
+
+func (f *fake) Node() ownership.Node { return ownership.Node{ID: "n1", Host: "a"} }
+
+func (f *fake) Cluster() string { return "c1" }
+
+func (f *fake) Live() error { return f.live }
+
 func (f *fake) Backends(context.Context) []driver.BackendStatus { return f.backends }
 
 func (f *fake) Silence(node string) (time.Duration, bool) {
@@ -85,7 +108,7 @@ func ask(t *testing.T, f *fake, method, path, body string) (status int, answer, 
 	log.SetFormatter(&logrus.TextFormatter{DisableColors: true, DisableTimestamp: true})
 	w := httptest.NewRecorder()
 	req := httptest.NewRequestWithContext(t.Context(), method, path, strings.NewReader(body))
-	control.New(f, f, logrus.NewEntry(log)).ServeHTTP(w, req)
+	control.New(f, f, "v1", logrus.NewEntry(log)).ServeHTTP(w, req)
 	if got := w.Header().Get("Content-Type"); got != "application/json" {
 		t.Errorf("%s %s: content type %q", method, path, got)
 	}

@@ -38,6 +38,8 @@ type Volume struct {
 	CreatedAt  time.Time
 	// Status is shown by `docker volume inspect`.
 	Status map[string]any
+	// Definition is what the cluster wants of it; only Get and Survey tell.
+	Definition ownership.Volume
 }
 
 // Container is a container that uses a volume.

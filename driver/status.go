@@ -82,27 +82,8 @@ func (d *Driver) etcdSilent() bool {
 // List returns every volume of the cluster, without Status, which Docker would not
 // show; or those this node remembers while etcd is away.
 func (d *Driver) List(ctx context.Context) ([]Volume, error) {
-	var views []ownership.View
-	stale := d.etcdSilent()
-	if !stale {
-		bounded, cancel := context.WithTimeout(ctx, lookupPatience)
-		defer cancel()
-		var err error
-		views, err = d.cfg.Map.List(bounded)
-		d.noteSilence(err)
-		stale = err != nil
-	}
-	if stale {
-		for _, vol := range d.recallAll() {
-			views = append(views, ownership.View{Volume: vol})
-		}
-	} else {
-		d.rememberAll(views)
-	}
-	local := map[string]*snapshot{}
-	for _, ds := range d.local() {
-		local[ds.id] = ds.snapshot.Load()
-	}
+	views, _ := d.views(ctx)
+	local := d.snapshots()
 	volumes := make([]Volume, 0, len(views))
 	add := func(vol ownership.Volume, here *snapshot) {
 		v := Volume{Name: vol.Name, CreatedAt: vol.Created}
@@ -125,6 +106,58 @@ func (d *Driver) List(ctx context.Context) ([]Volume, error) {
 	return volumes, nil
 }
 
+// views are every volume of the cluster; or, stale, those this node remembers.
+func (d *Driver) views(ctx context.Context) (views []ownership.View, stale bool) {
+	stale = d.etcdSilent()
+	if !stale {
+		bounded, cancel := context.WithTimeout(ctx, lookupPatience)
+		defer cancel()
+		var err error
+		views, err = d.cfg.Map.List(bounded)
+		d.noteSilence(err)
+		stale = err != nil
+	}
+	if stale {
+		for _, vol := range d.recallAll() {
+			views = append(views, ownership.View{Volume: vol})
+		}
+	} else {
+		d.rememberAll(views)
+	}
+	return views, stale
+}
+
+// snapshots are what is on this node, by the volume's id.
+func (d *Driver) snapshots() map[string]*snapshot {
+	local := map[string]*snapshot{}
+	for _, ds := range d.local() {
+		local[ds.id] = ds.snapshot.Load()
+	}
+	return local
+}
+
+// Survey returns every volume of the cluster as Get would, also those that are being
+// made or deleted, by name. They are stale, what this node remembers, while etcd is
+// away. The storage is not asked.
+func (d *Driver) Survey(ctx context.Context) (volumes []Volume, stale bool) {
+	views, stale := d.views(ctx)
+	local := d.snapshots()
+	volumes = make([]Volume, 0, len(views))
+	for _, view := range views {
+		here := local[view.Volume.ID]
+		delete(local, view.Volume.ID)
+		if here != nil && !here.attached && !here.mounted && here.pending == "" {
+			here = nil // as for Get
+		}
+		volumes = append(volumes, d.describe(view, here, stale && here == nil))
+	}
+	for _, s := range local { // here, and gone from the records
+		volumes = append(volumes, d.describe(ownership.View{Volume: s.vol}, s, false))
+	}
+	slices.SortFunc(volumes, func(a, b Volume) int { return strings.Compare(a.Name, b.Name) })
+	return volumes, stale
+}
+
 // describe is what `docker volume inspect` shows. here is nil if there is nothing
 // of the volume on this node.
 func (d *Driver) describe(view ownership.View, here *snapshot, stale bool) Volume {
@@ -137,7 +170,7 @@ func (d *Driver) describe(view ownership.View, here *snapshot, stale bool) Volum
 		"state":      "free",
 	}
 	var waiting []ownership.Request
-	v := Volume{Name: vol.Name, CreatedAt: vol.Created, Status: status}
+	v := Volume{Name: vol.Name, CreatedAt: vol.Created, Status: status, Definition: vol}
 	switch {
 	case here != nil:
 		status["owner"], status["token"] = d.cfg.Node.Host, here.token

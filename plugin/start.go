@@ -116,7 +116,7 @@ func start(ctx context.Context, s settings, more []configured, srv *server, end 
 		})
 	}
 	work.Go(func() {
-		serveControl(ctx, filepath.Join(s.StateDir, "control.sock"), control.New(d, owners, log), log)
+		serveControl(ctx, filepath.Join(s.StateDir, "control.sock"), control.New(d, owners, version, log), log)
 	})
 }
 

@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"strings"
-	"text/tabwriter"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -20,7 +18,7 @@ func (c *cli) root() *cobra.Command {
 		Long: "Volumes that follow containers: hosts and repairs.\n\n" +
 			"It asks the Flocker plugin of this host, as root. Volumes themselves are\n" +
 			"made and removed with docker volume.",
-		Example:           c.example("node ls"),
+		Example:           c.example("status", "ls", "node ls"),
 		Version:           version,
 		Annotations:       map[string]string{cobra.CommandDisplayNameAnnotation: c.name},
 		SilenceErrors:     true,
@@ -32,6 +30,7 @@ func (c *cli) root() *cobra.Command {
 	root.SetErr(c.errout)
 	root.PersistentFlags().StringVar(&c.socket, "socket", cmp.Or(c.socket, api.Socket), "the plugin's control `socket`; FLOCKER_CONTROL in the environment is the same")
 	root.AddCommand(
+		c.ls(), c.inspect(), c.status(), c.versionOf(),
 		c.group("node", "The hosts of the cluster", c.nodeLs(), c.confirmDead()),
 		c.group("backend", "The storage backends of this host", c.backendLs()),
 		c.group("volume", "Repairs of volumes", c.reinstate()),
@@ -80,103 +79,6 @@ func one(what string) cobra.PositionalArgs {
 		return nil
 	}
 }
-
-func (c *cli) nodeLs() *cobra.Command {
-	return &cobra.Command{
-		Use:   "ls",
-		Short: "List the hosts and whether they answer",
-		Long: "List the hosts and whether they answer.\n\n" +
-			"STATE is live, silent (for as long as this host itself has seen it), or declared\n" +
-			"dead. VOLUMES is how many volumes the host owns.",
-		Example: c.example("node ls"),
-		Args:    none,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			nodes, err := c.client().Nodes(cmd.Context())
-			if err != nil {
-				return &failure{err}
-			}
-			w := tabwriter.NewWriter(c.out, 0, 0, 3, ' ', 0)
-			fmt.Fprintln(w, "HOST\tSTATE\tVOLUMES\tBOOT\tID")
-			for _, n := range nodes {
-				fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%s\n", n.Host, state(n), n.Volumes, short(n.Boot), n.ID)
-			}
-			if err := w.Flush(); err != nil {
-				return &failure{fmt.Errorf("print the table: %w", err)}
-			}
-			return nil
-		},
-	}
-}
-
-func (c *cli) backendLs() *cobra.Command {
-	return &cobra.Command{
-		Use:   "ls",
-		Short: "List this host's storage backends and whether they answer",
-		Long: "List this host's storage backends and whether they answer.\n\n" +
-			"CLASS says what stops a host that is silent: F1 and F2, the storage by itself;\n" +
-			"F3 and F0, nothing but an operator. PROFILES and OPTIONS are what docker volume\n" +
-			"create takes for volumes there. What is wrong with a backend that does not\n" +
-			"answer stands below.",
-		Example: c.example("backend ls"),
-		Args:    none,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			all, err := c.client().Backends(cmd.Context())
-			if err != nil {
-				return &failure{err}
-			}
-			w := tabwriter.NewWriter(c.out, 0, 0, 3, ' ', 0)
-			fmt.Fprintln(w, "BACKEND\tTYPE\tCLASS\tSTATE\tPROFILES\tOPTIONS")
-			var wrong strings.Builder
-			for _, b := range all {
-				name, state := b.Name, "answers"
-				if b.Default {
-					name += " (default)"
-				}
-				if b.Error != "" {
-					state = "does not answer"
-					fmt.Fprintf(&wrong, "%s: %s\n", b.Name, b.Error)
-				}
-				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", name, b.Type, b.Class, state, list(b.Profiles), list(b.Options))
-			}
-			if err := w.Flush(); err != nil {
-				return &failure{fmt.Errorf("print the table: %w", err)}
-			}
-			fmt.Fprint(c.out, wrong.String())
-			return nil
-		},
-	}
-}
-
-func list(words []string) string {
-	if len(words) == 0 {
-		return "-"
-	}
-	return strings.Join(words, ", ")
-}
-
-func state(n api.Node) string {
-	var words []string
-	switch {
-	case n.Live:
-		words = append(words, "live")
-	case n.Death != nil:
-	case n.Silent != nil:
-		silent := time.Duration(*n.Silent * float64(time.Second)).Truncate(time.Second)
-		words = append(words, "silent "+silent.String())
-	default:
-		words = append(words, "silent")
-	}
-	if n.Death != nil {
-		words = append(words, "declared dead")
-	}
-	if n.State != "" {
-		words = append(words, n.State)
-	}
-	return strings.Join(words, ", ")
-}
-
-// short is enough of a boot id to tell it from another.
-func short(boot string) string { return boot[:min(8, len(boot))] }
 
 func (c *cli) confirmDead() *cobra.Command {
 	var body api.Confirmation

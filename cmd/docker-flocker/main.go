@@ -59,7 +59,7 @@ type cli struct {
 type failure struct{ error }
 
 // run returns the exit code: 1 if it was refused or failed, 2 for what cannot be
-// understood.
+// understood, 3 if something needs attention.
 func (c *cli) run(ctx context.Context, args []string) int {
 	if slices.Equal(args, []string{metadataCommand}) {
 		enc := json.NewEncoder(c.out)
@@ -74,6 +74,9 @@ func (c *cli) run(ctx context.Context, args []string) int {
 	cmd, err := root.ExecuteContextC(ctx)
 	if err == nil {
 		return 0
+	}
+	if _, ok := errors.AsType[*attention](err); ok {
+		return 3 // it has been printed
 	}
 	fmt.Fprintln(c.errout, err)
 	if _, ok := errors.AsType[*failure](err); ok {

@@ -44,6 +44,9 @@ type fake struct {
 	death ownership.Death
 
 	backends []driver.BackendStatus
+	volumes  []driver.Volume
+	stale    bool
+	live     error
 }
 
 // set changes what it answers, and forgets what it was asked.
@@ -105,6 +108,23 @@ func (f *fake) List(context.Context) ([]ownership.View, error) {
 
 func (f *fake) Backends(context.Context) []driver.BackendStatus { return f.backends }
 
+func (f *fake) Survey(context.Context) ([]driver.Volume, bool) { return f.volumes, f.stale }
+
+func (f *fake) Get(_ context.Context, name string) (driver.Volume, error) {
+	for _, v := range f.volumes {
+		if v.Name == name {
+			return v, nil
+		}
+	}
+	return driver.Volume{}, ownership.ErrNotFound
+}
+
+func (f *fake) Node() ownership.Node { return ownership.Node{ID: "n1", Host: "alpha"} }
+
+func (f *fake) Cluster() string { return "7c0e3f5a-2f0b-4d57-9a39-60c3bb8d1f11" }
+
+func (f *fake) Live() error { return f.live }
+
 func (f *fake) Silence(string) (time.Duration, bool) { return 34500 * time.Millisecond, true }
 
 // serve answers on a socket as the plugin does, until the test ends.
@@ -112,7 +132,7 @@ func serve(t *testing.T, f *fake) (socket string) {
 	t.Helper()
 	log := logrus.New()
 	log.SetOutput(t.Output())
-	return listen(t, control.New(f, f, logrus.NewEntry(log)))
+	return listen(t, control.New(f, f, "v0.1.0", logrus.NewEntry(log)))
 }
 
 func listen(t *testing.T, h http.Handler) (socket string) {
@@ -191,9 +211,9 @@ func TestBackendLs(t *testing.T) {
 		{Properties: backends.Properties{Name: "loopback", Type: "loopback", Class: "F0", Options: []backends.Option{{Name: "preallocate"}}}, Default: true},
 	}})
 	want(t, "backend ls", command(t, socket, "", "backend", "ls"), result{0, "" +
-		"BACKEND              TYPE       CLASS   STATE             PROFILES     OPTIONS\n" +
-		"gold                 csi        F1      does not answer   fast, slow   -\n" +
-		"loopback (default)   loopback   F0      answers           -            preallocate\n" +
+		"BACKEND             TYPE      CLASS  STATE            PROFILES    OPTIONS\n" +
+		"gold                csi       F1     does not answer  fast, slow  -\n" +
+		"loopback (default)  loopback  F0     answers          -           preallocate\n" +
 		"gold: the CSI driver's socket does not answer\n", ""})
 }
 

@@ -29,6 +29,64 @@ type Nodes struct {
 	Nodes []Node `json:"nodes"`
 }
 
+// Volume is one volume of the cluster, as the host that answers knows it.
+type Volume struct {
+	Name string `json:"name"`
+	ID   string `json:"id"`
+	// State is free, owned, attached, mounted, or what is wrong; Detail says more.
+	// What is attached or mounted is known of the host that answers alone.
+	State  string `json:"state"`
+	Detail string `json:"detail,omitempty"`
+	// Host is the owner, and Token the fencing token of its tenure.
+	Host  string `json:"host,omitempty"`
+	Token int64  `json:"token,omitempty"`
+	// Mountpoint, Mounts and Containers are of the host that answers.
+	Mountpoint string   `json:"mountpoint,omitempty"`
+	Mounts     int      `json:"mounts,omitempty"`
+	Containers []string `json:"containers,omitempty"`
+	// Waiting are the hosts that want it.
+	Waiting    []string          `json:"waiting,omitempty"`
+	Bytes      int64             `json:"bytes"`
+	Filesystem string            `json:"filesystem"`
+	Backend    string            `json:"backend"`
+	Profile    string            `json:"profile,omitempty"`
+	Options    map[string]string `json:"options,omitempty"`
+	Labels     map[string]string `json:"labels,omitempty"`
+	Created    time.Time         `json:"created"`
+	// Stale says that etcd did not answer, and this is what the host remembers.
+	Stale bool `json:"stale,omitempty"`
+}
+
+// Volumes answers GET /v1/volumes, by name. They are Stale if etcd did not answer.
+type Volumes struct {
+	Volumes []Volume `json:"volumes"`
+	Stale   bool     `json:"stale,omitempty"`
+}
+
+// Status answers GET /v1/status.
+type Status struct {
+	// Host is the one that answers, Node its id, and Version its plugin's.
+	Host    string `json:"host"`
+	Node    string `json:"node"`
+	Version string `json:"version"`
+	// Cluster is the cluster's id, if the host knows it.
+	Cluster string `json:"cluster,omitempty"`
+	// Etcd is why the host cannot use etcd now; empty if it can.
+	Etcd string `json:"etcd_error,omitempty"`
+	// Hosts and Volumes are how many there are in which state. Hosts is null if etcd
+	// did not answer.
+	Hosts   map[string]int `json:"hosts"`
+	Volumes map[string]int `json:"volumes"`
+	// Attention are sentences on what somebody should look into.
+	Attention []string `json:"attention"`
+}
+
+// Version answers GET /v1/version.
+type Version struct {
+	Version string `json:"version"`
+	Host    string `json:"host"`
+}
+
 // Backend is a storage backend of the host that answers.
 type Backend struct {
 	// Name is what follows -o backend=, and Type the kind of storage system.

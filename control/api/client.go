@@ -22,7 +22,7 @@ const Socket = "/var/lib/flocker/control.sock"
 // Patience is how long a Client waits for an answer. The plugin gives up before.
 const Patience = 30 * time.Second
 
-const maxAnswer = 16 << 20
+const maxAnswer = 128 << 20 // a hundred thousand volumes, and more
 
 // Error is what the plugin answers when it refuses, or fails.
 type Error struct {
@@ -43,6 +43,34 @@ func (c *Client) Nodes(ctx context.Context) ([]Node, error) {
 	var answer Nodes
 	err := c.do(ctx, http.MethodGet, "/v1/nodes", nil, &answer)
 	return answer.Nodes, err
+}
+
+// Volumes lists the cluster's volumes.
+func (c *Client) Volumes(ctx context.Context) (Volumes, error) {
+	var answer Volumes
+	err := c.do(ctx, http.MethodGet, "/v1/volumes", nil, &answer)
+	return answer, err
+}
+
+// Volume is one volume. An Error with status 404 says that there is none.
+func (c *Client) Volume(ctx context.Context, name string) (Volume, error) {
+	var answer Volume
+	err := c.do(ctx, http.MethodGet, "/v1/volumes/"+url.PathEscape(name), nil, &answer)
+	return answer, err
+}
+
+// Status is how the cluster is, as the plugin's host sees it.
+func (c *Client) Status(ctx context.Context) (Status, error) {
+	var answer Status
+	err := c.do(ctx, http.MethodGet, "/v1/status", nil, &answer)
+	return answer, err
+}
+
+// Version is the plugin's.
+func (c *Client) Version(ctx context.Context) (Version, error) {
+	var answer Version
+	err := c.do(ctx, http.MethodGet, "/v1/version", nil, &answer)
+	return answer, err
 }
 
 // Backends lists the backends of the plugin's host.

@@ -1,0 +1,127 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"slices"
+
+	"github.com/flocker-plugin/flocker/control/api"
+	"github.com/flocker-plugin/flocker/driver"
+	"github.com/flocker-plugin/flocker/driver/ownership"
+)
+
+func (a *Admin) about(context.Context, *http.Request) (any, error) {
+	return api.Version{Version: a.version, Host: a.owners.Node().Host}, nil
+}
+
+func (a *Admin) volumes(ctx context.Context, _ *http.Request) (any, error) {
+	all, stale := a.driver.Survey(ctx)
+	answer := api.Volumes{Volumes: make([]api.Volume, len(all)), Stale: stale}
+	for i, v := range all {
+		answer.Volumes[i] = volume(v)
+	}
+	return answer, nil
+}
+
+func (a *Admin) volume(ctx context.Context, r *http.Request) (any, error) {
+	// While etcd is away, a name that is not known would be waited for.
+	ctx, cancel := context.WithTimeout(ctx, listing)
+	defer cancel()
+	name := r.PathValue("name")
+	v, err := a.driver.Get(ctx, name)
+	if errors.Is(err, ownership.ErrNotFound) {
+		return nil, &refusal{http.StatusNotFound, fmt.Sprintf("there is no volume %q: docker flocker ls shows those there are", name)}
+	}
+	return volume(v), err
+}
+
+func volume(v driver.Volume) api.Volume {
+	d := v.Definition
+	shown := api.Volume{
+		Name: v.Name, ID: d.ID, Mountpoint: v.Mountpoint, Bytes: d.Size, Filesystem: d.FS, Backend: d.Backend,
+		Profile: d.Profile, Options: maps.Clone(d.Options), Labels: d.Labels, Created: v.CreatedAt,
+	}
+	for key, value := range map[string]string{"mkfs": d.Mkfs, "mount": d.Mount} {
+		if value != "" {
+			if shown.Options == nil {
+				shown.Options = map[string]string{}
+			}
+			shown.Options[key] = value
+		}
+	}
+	shown.State, _ = v.Status["state"].(string)
+	shown.Detail, _ = v.Status["detail"].(string)
+	shown.Host, _ = v.Status["owner"].(string)
+	shown.Token, _ = v.Status["token"].(int64)
+	shown.Mounts, _ = v.Status["mounts"].(int)
+	shown.Containers, _ = v.Status["containers"].([]string)
+	shown.Waiting, _ = v.Status["waiting"].([]string)
+	shown.Stale, _ = v.Status["stale"].(bool)
+	return shown
+}
+
+func (a *Admin) status(ctx context.Context, _ *http.Request) (any, error) {
+	me := a.owners.Node()
+	answer := api.Status{
+		Host: me.Host, Node: me.ID, Version: a.version, Cluster: a.owners.Cluster(),
+		Volumes: map[string]int{}, Attention: []string{},
+	}
+	look := func(format string, args ...any) {
+		answer.Attention = append(answer.Attention, fmt.Sprintf(format, args...))
+	}
+	bounded, cancel := context.WithTimeout(ctx, listing)
+	defer cancel()
+	nodes, err := a.driver.Nodes(bounded)
+	if err != nil {
+		nodes = nil
+	}
+	if failed := a.owners.Live(); failed != nil {
+		err = failed // it says more
+	}
+	if err != nil {
+		answer.Etcd = err.Error()
+		look("this host cannot use etcd, so nothing can be mounted anew here: %v", err)
+	}
+	if nodes != nil {
+		answer.Hosts = map[string]int{}
+	}
+	for _, n := range nodes {
+		state := "live"
+		switch {
+		case n.State == "removed":
+			state = n.State
+		case n.Death != nil && n.Live:
+			state = "giving up"
+			look("host %s was declared dead and answers: it is giving up its volumes", n.Host)
+		case n.Death != nil:
+			state = "declared dead"
+		case n.ID == me.ID && err != nil:
+			state = "silent" // which has been said
+		case !n.Live:
+			state = "silent"
+			look("host %s is silent: docker flocker node ls shows since when; if it is switched off, and its volumes are wanted, type: docker flocker node confirm-dead %s", n.Host, n.Host)
+		}
+		answer.Hosts[state]++
+	}
+	volumes, _ := a.driver.Survey(ctx)
+	for _, v := range volumes {
+		shown := volume(v)
+		answer.Volumes[shown.State]++
+		switch shown.State {
+		case string(ownership.PhaseQuarantined):
+			look("volume %s is quarantined: %s; when it is seen to, type: docker flocker volume reinstate %s", v.Name, shown.Detail, v.Name)
+		case "lost", "being taken over":
+			look("volume %s is %s: %s", v.Name, shown.State, shown.Detail)
+		}
+	}
+	if more := len(answer.Attention) - maxAttention; more > 0 {
+		answer.Attention = append(slices.Clip(answer.Attention[:maxAttention]), fmt.Sprintf("and %d more", more))
+	}
+	return answer, nil
+}
+
+// maxAttention is how much of what needs attention is told at once.
+const maxAttention = 20
