@@ -96,6 +96,11 @@ bench: deps plugin ## how fast it is, beside Docker's local driver and the bare 
 bench-takeover: deps plugin-teststore ## how long a volume is not written to when its host is killed; KILLS=20
 	$(GO) run ./e2e/bench -takeover $(or $(KILLS),20) $(ARGS)
 
+.PHONY: bench-ceph
+bench-ceph: ## what Flocker adds to the time a real Ceph takes until a volume is mounted (minutes, as root); ROUNDS=30
+	$(MAKE) --no-print-directory deps PACKAGES='$(CEPH)'
+	$(GO) run ./e2e/bench -ceph $(or $(ROUNDS),30) $(ARGS)
+
 # The linter's own cache remembers findings by the path of another work tree.
 check: export GOLANGCI_LINT_CACHE := $(CURDIR)/build/lint-cache
 

@@ -7,7 +7,8 @@
 // through its real socket, with the etcd inside.
 //
 // With -takeover it does something else: it kills a Docker host again and again, and
-// measures how long its volumes are not written to.
+// measures how long its volumes are not written to. With -ceph it measures what Flocker
+// adds to a real Ceph.
 package main
 
 import (
@@ -30,8 +31,9 @@ func main() {
 	strict := flag.Bool("strict", false, "end with 1 if a target is missed")
 	flag.StringVar(&o.dir, "dir", "/var/tmp", "`directory` to work below; its disk is what is measured")
 	flag.StringVar(&o.plugin, "plugin", "", "the plugin's `binary`; built from this source if not given")
-	write := flag.String("write", "", "Markdown `file` whose part between the marks (<!-- bench --> or <!-- takeover -->, and <!-- end of … -->) is replaced")
+	write := flag.String("write", "", "Markdown `file` whose part between the marks (<!-- bench -->, <!-- takeover --> or <!-- ceph -->, and <!-- end of … -->) is replaced")
 	kills := flag.Int("takeover", 0, "instead, kill a Docker host so `many` times and measure how long its volumes are not written to")
+	rounds := flag.Int("ceph", 0, "instead, start a Ceph cluster and mount volumes in it so `many` times")
 	engine := flag.String("engine", string(rig.Debian), "with -takeover: Docker's version, 20.10 or 29")
 	flag.Parse()
 	if *quick {
@@ -42,10 +44,14 @@ func main() {
 	name := "bench"
 	var r table
 	var err error
-	if *kills > 0 {
+	switch {
+	case *kills > 0:
 		name = "takeover"
 		r, err = measureTakeovers(ctx, rig.Engine(*engine), *kills)
-	} else {
+	case *rounds > 0:
+		name = "ceph"
+		r, err = measureCeph(ctx, o, *rounds)
+	default:
 		r, err = bench(ctx, o)
 	}
 	stop()
