@@ -42,6 +42,14 @@ func TestCLI(t *testing.T) {
 			}
 		}
 		ids := ls(first)
+		for h, want := range map[*rig.Host]string{first: "db mounted host1 [holder]", second: "db owned host1 []"} {
+			eventually(t, "docker flocker ls on "+h.Name+" says "+want, func() bool {
+				return h.Run(t, "flocker", "ls", "--format", "{{.Name}} {{.State}} {{.Host}} {{.Containers}}") == want
+			})
+		}
+		if got := second.Run(t, "flocker", "status", "--format", "{{.Hosts}} {{.Volumes}} {{.Attention}}"); got != "map[live:2] map[owned:1] []" {
+			t.Errorf("status: %s", got)
+		}
 
 		// By name and by id, and from a host's own prompt.
 		for _, host := range []string{"host1", ids["host1"][3]} {
@@ -69,6 +77,9 @@ func TestCLI(t *testing.T) {
 			return func() bool { return strings.HasPrefix(strings.Join(ls(second)[host], " "), want) }
 		}
 		eventually(t, "host1 is silent", states("host1", "silent "))
+		if got, err := second.Docker(t.Context(), "flocker", "status"); err == nil || !strings.Contains(got, "\n* host host1 is silent: ") {
+			t.Errorf("status says nothing of the silent host: %v\n%s", err, got)
+		}
 		boot := ids["host1"][2]
 		if got, want := second.Run(t, "flocker", "node", "confirm-dead", "host1", "--because", "the test has switched it off"),
 			"host host1 (boot "+boot+") is recorded as dead. Its volumes can be mounted on other hosts now: db.\n"; !strings.HasPrefix(got, want) {
