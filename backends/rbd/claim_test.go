@@ -85,6 +85,30 @@ func TestKilledClient(t *testing.T) {
 	}
 }
 
+// TestBlocklistedBefore: Ceph does not extend what somebody else has put on the blocklist for
+// an hour. A host that is paused for longer would write again.
+func TestBlocklistedBefore(t *testing.T) {
+	t.Parallel()
+	c, vol, _ := attached(t)
+	d := c.client("a")
+	c.blocklist[d.client], c.briefly = true, map[string]bool{d.client: true}
+	fencer, _ := backends.As[backends.Fencer](c.node(fakeCluster, "b"))
+	fence := func() (string, error) {
+		return fencer.Fence(t.Context(), backends.FenceRequest{Ref: vol.Ref, Volume: vol.ID, Node: "a", Token: 10})
+	}
+	evidence, err := fence()
+	if want := "; it is tried again then, or at once after: ceph osd blocklist rm " + d.client; !errors.Is(err, backends.ErrUnavailable) || !strings.Contains(err.Error(), want) {
+		t.Errorf("got %q, %v; want %q", evidence, err, want)
+	}
+	if c.object(vol).locker == "" {
+		t.Error("the claim is gone")
+	}
+	c.briefly = nil // Ceph has forgotten it, and it is put there anew
+	if _, err := fence(); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestDeadProgram: a device whose program has died is made anew, and not handed out.
 func TestDeadProgram(t *testing.T) {
 	t.Parallel()

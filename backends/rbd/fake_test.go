@@ -30,6 +30,7 @@ type fakeCeph struct {
 	images    map[string]*fakeImage
 	objects   map[string]*fakeObject
 	blocklist map[string]bool
+	briefly   map[string]bool // which of them somebody else has put there, for an hour
 	hosts     map[string]*fakeHost
 	number    int
 	down      bool
@@ -192,7 +193,11 @@ func (c *fakeCeph) doCeph(args []string) (out, errs string, code int) {
 		return "", "blocklisting " + args[3] + " until …", 0
 	}
 	for address := range c.blocklist {
-		out += address + " 2031-11-21T09:28:57.545570+0000\n"
+		until := time.Now().AddDate(5, 0, 0)
+		if c.briefly[address] {
+			until = time.Now().Add(time.Hour)
+		}
+		out += address + " " + until.UTC().Format("2006-01-02T15:04:05.000000-0700") + "\n"
 	}
 	return out, fmt.Sprintf("listed %d entries\n", len(c.blocklist)), 0
 }

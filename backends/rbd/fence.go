@@ -48,9 +48,13 @@ func (b *Backend) fence(ctx context.Context, req backends.FenceRequest) (string,
 	return b.cut(ctx, v, h)
 }
 
-// blocklisted is for how long a client is on the blocklist: longer than any host sleeps
-// and wakes up again with something to write. Ceph's own hour is not enough for that.
-const blocklisted = 5 * 365 * 24 * time.Hour
+// blocklisted is for how long a client is put on the blocklist: longer than any host sleeps
+// and wakes up again with something to write. Ceph's own hour is not enough for that, and a
+// year of it must be left.
+const (
+	year        = 365 * 24 * time.Hour
+	blocklisted = 5 * year
+)
 
 // cut cuts the client of a claim off, sees that it is, and removes the claim.
 func (b *Backend) cut(ctx context.Context, v *volume, h holder) (string, error) {
@@ -63,8 +67,14 @@ func (b *Backend) cut(ctx context.Context, v *volume, h holder) (string, error) 
 	if err != nil {
 		return "", err
 	}
-	if !listed(string(list), h.address) {
+	until, ok := listed(string(list), h.address)
+	switch {
+	case !ok:
 		return "", fmt.Errorf("the blocklist does not show client %s, which was added to it: %w", h.address, backends.ErrUnavailable)
+	case time.Until(until) < year:
+		// Ceph leaves an entry as it is that was there before.
+		return "", fmt.Errorf("client %s is on the blocklist until %s only, put there by somebody else, such as who has made a snapshot; "+
+			"it is tried again then, or at once after: ceph osd blocklist rm %[1]s: %[3]w", h.address, until.Format(time.RFC3339), backends.ErrUnavailable)
 	}
 	for started := time.Now(); ; {
 		watchers, err := v.image.Watchers(ctx)
@@ -90,12 +100,14 @@ func (b *Backend) cut(ctx context.Context, v *volume, h holder) (string, error) 
 	return fmt.Sprintf("client %s of %s is on the blocklist, and no watcher of %s any more", h.address, h.node, v.image.Spec()), nil
 }
 
-// listed says whether a blocklist, a line for each client with the address first, has one.
-func listed(list, address string) bool {
+// listed returns until when a client is on a blocklist, which has a line for each with the
+// address and that time first.
+func listed(list, address string) (until time.Time, ok bool) {
 	for line := range strings.Lines(list) {
-		if fields := strings.Fields(line); len(fields) > 0 && fields[0] == address {
-			return true
+		if fields := strings.Fields(line); len(fields) > 1 && fields[0] == address {
+			until, err := time.Parse("2006-01-02T15:04:05-0700", fields[1])
+			return until, err == nil
 		}
 	}
-	return false
+	return time.Time{}, false
 }

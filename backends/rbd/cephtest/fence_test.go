@@ -130,6 +130,39 @@ func TestBlocklistOutlivesAnHour(t *testing.T) {
 	}
 }
 
+// TestBlocklistedBefore: somebody has put the client on the blocklist for Ceph's own hour.
+// Ceph does not make that longer, so the host is not cut off for good yet.
+func TestBlocklistedBefore(t *testing.T) {
+	w := newWorld(t)
+	att := w.attach(w.a, 10)
+	var status struct {
+		Watchers []struct {
+			Address string `json:"address"`
+		} `json:"watchers"`
+	}
+	out, err := w.ceph.Run(t.Context(), "rbd", "status", "volumes/flocker-"+w.vol.ID, "--format", "json")
+	if err := errors.Join(err, json.Unmarshal([]byte(out), &status)); err != nil || len(status.Watchers) != 1 {
+		t.Fatalf("%q: %v", out, err)
+	}
+	address := status.Watchers[0].Address
+	if _, err := w.ceph.Run(t.Context(), "ceph", "osd", "blocklist", "add", address); err != nil {
+		t.Fatal(err)
+	}
+	_, err = w.b.Fence(t.Context(), backends.FenceRequest{Ref: w.vol.Ref, Volume: w.vol.ID, Node: "a", Token: 10})
+	wantError(t, err, backends.ErrUnavailable, "ceph osd blocklist rm "+address)
+	_, err = w.b.Attach(t.Context(), backends.AttachRequest{Ref: w.vol.Ref, Volume: w.vol.ID, Token: 11})
+	wantError(t, err, backends.ErrInUse, "is attached to a")
+	if _, err := w.ceph.Run(t.Context(), "ceph", "osd", "blocklist", "rm", address); err != nil {
+		t.Fatal(err)
+	}
+	if evidence := w.fence(w.b, "a", 10); !strings.Contains(evidence, address) {
+		t.Errorf("evidence %q, want it to name %s", evidence, address)
+	}
+	if err := w.a.Detach(t.Context(), att); err != nil {
+		t.Error(err)
+	}
+}
+
 // daemons are the processes of qemu-storage-daemon of one attachment.
 func daemons(t *testing.T, id string) []int {
 	t.Helper()
