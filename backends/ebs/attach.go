@@ -374,6 +374,8 @@ func (b *Backend) askAll(ctx context.Context, devices []device, lives map[string
 				return nil, false, err
 			}
 			lives[d.life] = known{true, att}
+		case att.Node != b.self.Node:
+			// On a host that has this one's instance_id; or of a node that this host was.
 		default:
 			bare, pending = append(bare, att), true
 		}

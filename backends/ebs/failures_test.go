@@ -494,3 +494,28 @@ func TestKinds(t *testing.T) {
 		}
 	}
 }
+
+// Settings were copied to another host with its instance_id in them. What is attached to
+// that instance is none of the other host's, which would pull it from its user.
+func TestInstanceIDOfAnotherHost(t *testing.T) {
+	s := newStored(t, ec2test.Config{})
+	att := s.mustAttach(s.a, 5)
+	s.cfg = func(cfg *ebs.Config) { cfg.InstanceID = s.instance("node-a") }
+	twin := s.backend(s.cluster, "node-b")
+	for range 2 {
+		atts, err := twin.Attachments(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, other := range atts { // as the driver does with what it does not know
+			t.Errorf("node-b shows %+v as attached to it", other)
+			if err := twin.Detach(t.Context(), other); err != nil {
+				t.Log(err)
+			}
+		}
+	}
+	s.wantAttached(s.instance("node-a"), "attached")
+	if err := s.a.Detach(t.Context(), att); err != nil {
+		t.Error(err)
+	}
+}

@@ -725,3 +725,28 @@ func TestWhoAmI(t *testing.T) {
 		t.Errorf("firmware: got %q, %v", got, err)
 	}
 }
+
+// Settings were copied to another host with its server_id in them. What is attached to
+// that server is none of the other host's, which would pull it from its user.
+func TestServerIDOfAnotherHost(t *testing.T) {
+	t.Parallel()
+	s := newStored(t, config{})
+	att := s.mustAttach(s.a, 5)
+	twin := s.again("node-b", func(cfg *openstack.Config) { cfg.ServerID = s.server("node-a") })
+	for range 2 {
+		atts, err := twin.Attachments(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, other := range atts { // as the driver does with what it does not know
+			t.Errorf("node-b shows %+v as attached to it", other)
+			if err := twin.Detach(t.Context(), other); err != nil {
+				t.Log(err)
+			}
+		}
+	}
+	s.wantAttached("in-use", s.server("node-a"))
+	if err := s.a.Detach(t.Context(), att); err != nil {
+		t.Error(err)
+	}
+}

@@ -328,6 +328,9 @@ func (b *Nova) askAll(ctx context.Context, devices []device, lives map[string]kn
 		if h.node != "" {
 			att.Node = h.node
 		}
+		if i < 0 && att.Node != b.self.Node {
+			continue // on a host that has this one's server_id; or of a node that this host was
+		}
 		if i < 0 {
 			pending = true
 			on, err := b.on(ctx, v.id, server) // Nova forgets a volume last

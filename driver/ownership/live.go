@@ -246,8 +246,12 @@ func merge(a, b map[string]string) map[string]string {
 
 // Identified records by what name the storage system behind a backend knows this node:
 // those need it who may have to fence the node. Nothing may be attached here before it
-// is recorded. It stays until another one is.
+// is recorded. It stays until another one is. An error if a live node has the same name: a
+// fence of one would hit the other.
 func (m *Map) Identified(ctx context.Context, backend, identity string) error {
+	if err := m.alone(ctx, backend, identity); err != nil {
+		return err
+	}
 	m.mu.Lock()
 	m.identities = merge(m.identities, map[string]string{backend: identity})
 	m.mu.Unlock()
@@ -257,13 +261,35 @@ func (m *Map) Identified(ctx context.Context, backend, identity string) error {
 			return err
 		}
 		recorded, err := m.identify(ctx, lease, backend, identity)
-		if err != nil || recorded {
+		if err != nil {
 			return err
+		}
+		if recorded {
+			return m.alone(ctx, backend, identity) // of two at the same time, one sees the other
 		}
 		if !wait.sleep(ctx) {
 			return unavailable(context.Cause(ctx))
 		}
 	}
+}
+
+// alone says whether a storage system knows a live node besides this one by this name.
+func (m *Map) alone(ctx context.Context, backend, identity string) error {
+	state, err := m.read(ctx, getPrefix(m.node("")), getPrefix(m.live("")))
+	if err != nil {
+		return err
+	}
+	live := map[string]bool{}
+	for _, kv := range state.Results[1].KVs {
+		live[last(kv.Key)] = true
+	}
+	for _, n := range m.decodeNodes(state.Results[0].KVs) {
+		if n.ID != m.me.ID && live[n.ID] && n.Identities[backend] == identity {
+			return fmt.Errorf("backend %s knows both this host and host %s by the name %q: a fence of one would hit the other; "+
+				"each needs a name of its own, see the settings of the backend", backend, n.Host, identity)
+		}
+	}
+	return nil
 }
 
 // identify is one try of Identified.

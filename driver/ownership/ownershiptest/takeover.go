@@ -354,6 +354,12 @@ func identified(r *rig) {
 	if got := names(); len(got) != 3 {
 		r.Errorf("the next process: names are %v", got)
 	}
+	// Of a live node's name there is no second one, such as by settings that were copied.
+	r.says(b.Identified(r.Context(), "ebs", "i-1"), `backend ebs knows both this host and host host-a by the name "i-1"`)
+	if all, err := b.Nodes(r.Context()); err != nil || all[1].Identities != nil {
+		r.Errorf("nodes are %+v, %v", all, err)
+	}
+	r.ok(b.Identified(r.Context(), "other", "i-1"))
 	v := b.volume("v")
 	c := r.node("c")
 	o := c.claim(v.ID)
