@@ -446,14 +446,22 @@ func (b *Backend) letGo(ctx context.Context, f *facts, r reference, token int64)
 	})
 }
 
-// unpublish unpublishes a volume from a node at the controller.
+// errUnheard is the class of an unpublish that was answered, and an earlier one was not.
+var errUnheard = errors.New("a call got no answer")
+
+// unpublish unpublishes a volume from a node at the controller. It has when it says
+// errUnheard; but an earlier call for it may still hit the node's next publication.
 func (b *Backend) unpublish(ctx context.Context, f *facts, r reference, node string) error {
 	secrets, err := b.client.secrets("publish")
 	if err != nil {
 		return err
 	}
-	_, err = call(ctx, b.client, b.client.controller, "ControllerUnpublishVolume", b.controller().ControllerUnpublishVolume,
+	_, unheard, err := insist(ctx, b.client, b.client.controller, "ControllerUnpublishVolume", b.controller().ControllerUnpublishVolume,
 		&csi.ControllerUnpublishVolumeRequest{VolumeId: r.ID, NodeId: node, Secrets: secrets})
+	if err == nil && unheard && b.cfg.Fences {
+		return backends.Classify(errUnheard, sentence(backends.ErrUnavailable,
+			"the CSI driver has unpublished the volume, but did not answer at first; that call may still take effect"))
+	}
 	if code(err) == codes.NotFound {
 		if _, asked := b.ask(ctx, f, r); errors.Is(asked, backends.ErrNotFound) {
 			return nil // with the volume, its publications are gone

@@ -125,13 +125,20 @@ const dialPatience = 300 * time.Millisecond
 // answered is in progress, not failed: the same call is made again, which goes on with
 // it or tells how it ended (the CSI specification, "Timeouts").
 func call[Q, R any](ctx context.Context, c *client, p *peer, name string, m method[Q, R], req Q) (R, error) {
+	reply, _, err := insist(ctx, c, p, name, m, req)
+	return reply, err
+}
+
+// insist is call. unheard says that an earlier one of the calls got no answer: the driver
+// may have given it to the storage, where it takes effect after the one that was answered.
+func insist[Q, R any](ctx context.Context, c *client, p *peer, name string, m method[Q, R], req Q) (reply R, unheard bool, err error) {
 	var none R
 	var last error
 	sent := false
 	started := time.Now()
 	for pause := newPause(); ; {
 		if err := ctx.Err(); err != nil {
-			return none, unanswered(name, err, last)
+			return none, unheard, unanswered(name, err, last)
 		}
 		if p.refused.Load() != nil {
 			p.conn.ResetConnectBackoff() // when to ask again is decided here
@@ -140,7 +147,7 @@ func call[Q, R any](ctx context.Context, c *client, p *peer, name string, m meth
 		reply, err := m(bounded, req)
 		cancel()
 		if err == nil {
-			return reply, nil
+			return reply, unheard, nil
 		}
 		last = c.explain(name, err)
 		refused := p.refused.Load()
@@ -149,15 +156,16 @@ func call[Q, R any](ctx context.Context, c *client, p *peer, name string, m meth
 			last = sentence(backends.ErrUnavailable, "%s: the CSI driver's socket %s does not answer: %w; is the driver running on this host?",
 				name, p.endpoint, *refused)
 			if !sent && time.Since(started) > dialPatience {
-				return none, last
+				return none, unheard, last
 			}
 		case code == codes.DeadlineExceeded || code == codes.Aborted || code == codes.Unavailable || code == codes.Canceled:
 			sent = true
+			unheard = unheard || code != codes.Aborted
 		default:
-			return none, last
+			return none, unheard, last
 		}
 		if err := pause.wait(ctx); err != nil {
-			return none, unanswered(name, err, last)
+			return none, unheard, unanswered(name, err, last)
 		}
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"runtime"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -313,6 +314,56 @@ func TestCatalogAway(t *testing.T) {
 			}
 		}
 	}
+}
+
+const unheard = "the CSI driver has unpublished the volume, but did not answer at first; that call may still take effect"
+
+// unheardOnce is no answer to the first unpublish.
+func unheardOnce() func(csitest.Call) csitest.Fault {
+	var once sync.Once
+	return func(call csitest.Call) (fault csitest.Fault) {
+		if call.Method == "ControllerUnpublishVolume" {
+			once.Do(func() { fault.HangAfter = true })
+		}
+		return fault
+	}
+}
+
+// An unpublish that got no answer may come late, also if the next one is answered: the
+// driver has to know, which then lets some time pass before the volume is attached again.
+func TestUnpublishUnheard(t *testing.T) {
+	s, cluster, vol := newVolume(t, kinds["fences"].opts, csi.Config{Fences: true, CallTimeout: time.Second})
+	s.Inject(unheardOnce())
+	a := s.node(cluster, "a")
+	att := attach(t, a, vol, 1)
+	wantText(t, a.Detach(t.Context(), att), backends.ErrUnavailable, "detach volume "+vol.ID+": "+unheard)
+	if err := a.Detach(t.Context(), att); err != nil {
+		t.Error(err)
+	}
+	down(t, a, vol)
+}
+
+// While a node is being cut off it gets nothing any more.
+func TestAttachDuringFence(t *testing.T) {
+	s, cluster, vol := newVolume(t, kinds["fences"].opts, csi.Config{Fences: true})
+	a, b := s.node(cluster, "a"), s.node(cluster, "b")
+	att := attach(t, a, vol, 1)
+	asked := false
+	csi.SetStep(b, func(step string) {
+		if step == "noted" {
+			asked = true
+			_, err := a.Attach(t.Context(), backends.AttachRequest{Ref: vol.Ref, Volume: vol.ID, Token: 1})
+			wantText(t, err, backends.ErrInUse, "attach volume: volume "+vol.ID+" was taken from this host, which is cut off from it up to token 1")
+		}
+	})
+	req := backends.FenceRequest{Ref: vol.Ref, Volume: vol.ID, Node: "a", Identity: csitest.NodeID("a"), Token: 1}
+	if _, err := b.(backends.Fencer).Fence(t.Context(), req); err != nil || !asked {
+		t.Errorf("%v, asked: %v", err, asked)
+	}
+	if err := a.Detach(t.Context(), att); err != nil {
+		t.Error(err)
+	}
+	down(t, b, vol, attach(t, b, vol, 2))
 }
 
 // An attach that is overtaken by a fence is given back, and is refused from then on.

@@ -696,7 +696,7 @@ func TestTwoVolumesOfOneName(t *testing.T) {
 // What is published under an older token, of which nothing is known here any more, is not
 // adopted.
 func TestNotAdopted(t *testing.T) {
-	s, cluster, vol := newVolume(t, kinds["fences"].opts, csi.Config{Fences: true})
+	s, cluster, vol := newVolume(t, kinds["fences"].opts, csi.Config{Fences: true, CallTimeout: time.Second})
 	a := s.node(cluster, "a")
 	step := killAt(a, 3, func() {
 		_, _ = a.Attach(t.Context(), backends.AttachRequest{Ref: vol.Ref, Volume: vol.ID, Token: 1})
@@ -711,8 +711,11 @@ func TestNotAdopted(t *testing.T) {
 		}
 	}
 	s.Calls()
+	s.Inject(unheardOnce())
+	_, err := s.node(cluster, "a").Attach(t.Context(), backends.AttachRequest{Ref: vol.Ref, Volume: vol.ID, Token: 2})
+	wantText(t, err, backends.ErrUnavailable, "attach volume: "+unheard)
 	att := attach(t, s.node(cluster, "a"), vol, 2)
-	if calls := s.Calls(); calls["ControllerUnpublishVolume"] != 1 {
+	if calls := s.Calls(); calls["ControllerUnpublishVolume"] != 3 {
 		t.Errorf("got %v", calls)
 	}
 	down(t, a, vol, att)

@@ -62,10 +62,12 @@ func (b *Backend) tryClaim(ctx context.Context, f *facts, r reference, req backe
 		switch {
 		case is.Deleting:
 			return is, errDeleting
-		case !b.cfg.Fences || (is.Holder != nil && *is.Holder == *me):
+		case !b.cfg.Fences:
 			return is, nil
-		case ok && req.Token <= cut.Token:
+		case ok && req.Token <= cut.Token: // also while it is being cut off, and still the holder
 			return is, sentence(backends.ErrInUse, "volume %s was taken from this host, which is cut off from it up to token %d", r.Volume, cut.Token)
+		case is.Holder != nil && *is.Holder == *me:
+			return is, nil
 		case is.Holder != nil && is.Holder.Node != b.self.Node:
 			return is, &backends.AttachedError{Volume: r.Volume, Node: is.Holder.Node, Token: is.Holder.Token}
 		case is.Holder != nil:
@@ -103,7 +105,12 @@ func (b *Backend) stillHeld(ctx context.Context, f *facts, r reference, token in
 	if err != nil {
 		return err
 	}
-	if e == nil || e.Holder == nil || *e.Holder != (holder{b.self.Node, f.self.GetNodeId(), token}) {
+	held := e != nil && e.Holder != nil && *e.Holder == holder{b.self.Node, f.self.GetNodeId(), token}
+	if held {
+		cut, ok := e.Fenced[b.self.Node]
+		held = !ok || cut.Token < token
+	}
+	if !held {
 		return sentence(backends.ErrInUse, "volume %s was taken from this host while it was being attached", r.Volume)
 	}
 	return nil
@@ -197,7 +204,8 @@ func (b *Backend) cut(ctx context.Context, f *facts, r reference, from holder) (
 	var is state
 	for pause := newPause(); ; {
 		for _, name := range names {
-			if err := b.unpublish(ctx, f, r, name); err != nil {
+			// What is late hits nobody: the node is cut off.
+			if err := b.unpublish(ctx, f, r, name); err != nil && !errors.Is(err, errUnheard) {
 				return "", unseen(err)
 			}
 		}
