@@ -764,7 +764,7 @@ func TestDeleting(t *testing.T) {
 			if step != "deleting" {
 				return
 			}
-			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 			defer cancel()
 			_, err := s.node(cluster, "b").Attach(ctx, backends.AttachRequest{Ref: vol.Ref, Volume: vol.ID, Token: 2})
 			wantText(t, err, backends.ErrUnavailable, "volume "+vol.ID+": it is just being deleted")

@@ -38,13 +38,13 @@ func (b *Backend) claim(ctx context.Context, f *facts, r reference, req backends
 	me := &holder{Node: b.self.Node, Identity: f.self.GetNodeId(), Token: req.Token}
 	bounded, cancel := context.WithTimeout(ctx, deviceBound)
 	defer cancel()
-	for pause := newPause(); ; {
+	for pause, deleting := newPause(), false; ; deleting = true {
 		e, err := b.tryClaim(ctx, f, r, req, me)
-		if !errors.Is(err, errDeleting) {
+		if !errors.Is(err, errDeleting) && (!deleting || ctx.Err() == nil) {
 			return e, err
 		}
 		if ended := pause.wait(bounded); ended != nil { // a Delete that is refused takes it back
-			return nil, sentence(backends.ErrUnavailable, "volume %s: %w", r.Volume, err)
+			return nil, sentence(backends.ErrUnavailable, "volume %s: %w", r.Volume, errDeleting)
 		}
 	}
 }
