@@ -51,7 +51,8 @@ var Claimed = claimed
 // Patient makes a backend wait as long as services on a small machine need.
 func Patient(b backends.Backend) {
 	p := usual
-	p.first, p.most, p.orphan, p.device = 100*time.Millisecond, time.Second, 6*time.Second, 10*time.Second
+	p.first, p.most, p.orphan, p.grace = 100*time.Millisecond, time.Second, 10*time.Second, 2*time.Minute
+	p.settle = 10 * time.Minute
 	switch b := b.(type) {
 	case *Nova:
 		b.pace = p

@@ -81,7 +81,7 @@ func (s *stack) command(env []string, name string, args ...string) *exec.Cmd {
 func (s *stack) run(env []string, name string, args ...string) {
 	s.t.Helper()
 	cmd := s.command(env, name, args...)
-	timer := time.AfterFunc(3*time.Minute, func() { _ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) })
+	timer := time.AfterFunc(10*time.Minute, func() { _ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) })
 	defer timer.Stop()
 	if out, err := cmd.CombinedOutput(); err != nil {
 		s.t.Fatalf("%s %s: %v: %s", name, strings.Join(args, " "), err, tail(out))
@@ -166,22 +166,34 @@ func (s *stack) startRabbit() {
 		"RABBITMQ_CONF_ENV_FILE=/dev/null", "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS=+sbwt none +S 2:2",
 	}
 	s.daemon("epmd", env, "epmd", "-address", "127.0.0.1", "-port", fmt.Sprint(names))
-	s.await("epmd", 30*time.Second, s.listens(names))
+	s.await("epmd", 2*time.Minute, s.listens(names))
 	s.daemon("rabbit", env, "/usr/lib/rabbitmq/bin/rabbitmq-server")
-	s.await("RabbitMQ", 3*time.Minute, s.listens(port))
+	s.await("RabbitMQ", 10*time.Minute, s.listens(port))
 	s.rabbit = fmt.Sprintf("rabbit://guest:guest@127.0.0.1:%d/", port)
 }
 
-// startCinder starts Cinder, with volumes that are files of a directory. It believes to
+// onNFS is Cinder's settings for volumes that are files of a directory. It believes to
 // have them on NFS: mount.nfs is a bind mount in its own name space.
-func (s *stack) startCinder(export, settings string) {
+func (s *stack) onNFS(export string) string {
+	s.t.Helper()
+	return fmt.Sprintf(`volume_driver = cinder.volume.drivers.nfs.NfsDriver
+nfs_shares_config = %s
+nfs_mount_point_base = %s/mnt
+nas_secure_file_operations = false
+nas_secure_file_permissions = false
+nfs_snapshot_support = true
+nfs_sparsed_volumes = true
+`, s.file("shares", "127.0.0.1:"+export+"\n", 0o644), s.mkdir("cinder"))
+}
+
+// startCinder starts Cinder, with a storage of these settings.
+func (s *stack) startCinder(storage, settings string) {
 	s.t.Helper()
 	port := freePort(s.t)
 	state := s.mkdir("cinder")
 	sbin := s.mkdir("sbin")
 	s.run(nil, "cp", "-a", "/usr/sbin/.", sbin)
 	s.file("sbin/mount.nfs", "#!/bin/sh\nexec mount --bind \"${1#*:}\" \"$2\"\n", 0o755)
-	shares := s.file("shares", "127.0.0.1:"+export+"\n", 0o644)
 	conf := s.file("cinder.conf", fmt.Sprintf(`[DEFAULT]
 my_ip = 127.0.0.1
 host = node1
@@ -193,32 +205,26 @@ rootwrap_config = /etc/cinder/rootwrap.conf
 api_paste_config = /etc/cinder/api-paste.ini
 resource_query_filters_file = /etc/cinder/resource_filters.json
 transport_url = %s
-enabled_backends = nfs1
+enabled_backends = storage1
 quota_volumes = 1000
 quota_gigabytes = 100000
 periodic_interval = 5
 %s
-[nfs1]
-volume_backend_name = nfs1
-volume_driver = cinder.volume.drivers.nfs.NfsDriver
-nfs_shares_config = %s
-nfs_mount_point_base = %s/mnt
-nas_secure_file_operations = false
-nas_secure_file_permissions = false
-nfs_snapshot_support = true
-nfs_sparsed_volumes = true
+[storage1]
+volume_backend_name = storage1
 max_over_subscription_ratio = 1000
+%s
 [oslo_concurrency]
 lock_path = %s/lock
 [coordination]
 backend_url = file://%s/coordination
-`, port, state, s.rabbit, settings, shares, state, state, state), 0o644)
+`, port, state, s.rabbit, settings, storage, state, state), 0o644)
 	s.run(nil, "cinder-manage", "--config-file", conf, "db", "sync")
 	s.daemon("cinder-api", nil, "cinder-api", "--config-file", conf)
 	s.daemon("cinder-scheduler", nil, "cinder-scheduler", "--config-file", conf)
 	s.daemon("cinder-volume", []string{"SBIN=" + sbin}, "unshare", "--mount", "--propagation", "private", "sh", "-c",
 		`mount --bind "$SBIN" /usr/sbin && exec cinder-volume --config-file `+conf)
-	s.await("Cinder", 3*time.Minute, s.listens(port))
+	s.await("Cinder", 10*time.Minute, s.listens(port))
 	s.cinder = fmt.Sprintf("http://127.0.0.1:%d/v3", port)
 }
 
@@ -268,7 +274,7 @@ func (s *stack) must(token, method, url string, body, into any) {
 // awaitCinder waits until Cinder's services know each other.
 func (s *stack) awaitCinder(token, project string) {
 	s.t.Helper()
-	s.await("Cinder's services", 3*time.Minute, func() bool {
+	s.await("Cinder's services", 10*time.Minute, func() bool {
 		var got struct {
 			Services []struct{ Binary, State string }
 		}
