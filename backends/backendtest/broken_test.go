@@ -235,6 +235,8 @@ type defect struct {
 	many int
 	// timeout is Config.Timeout, 0 for 5 s.
 	timeout time.Duration
+	// requests makes each of the storage system's requests fail, which takes long.
+	requests bool
 	// misfit makes the backend a Fencer where its class says that it is none, and
 	// the other way round.
 	misfit bool
@@ -249,7 +251,7 @@ var (
 )
 
 func defects() []defect {
-	return append(fencingDefects(), []defect{
+	return append(slices.Concat(fencingDefects(), silences()), []defect{
 		{name: "create makes another volume each time", notice: "the next time", break_: func(b *backend) {
 			b.create = func(b *backend, ctx context.Context, req backends.CreateRequest) (backends.Volume, error) {
 				id := req.ID
@@ -727,6 +729,98 @@ type fenceFunc = func(b *backend, ctx context.Context, req backends.FenceRequest
 
 // fencingDefects are the mistakes somebody could make in a Fencer. Most are worth a
 // volume's data.
+// silences are mistakes about calls that got no answer.
+func silences() []defect {
+	unanswered := func(err error) bool { return errors.Is(err, backends.ErrUnavailable) }
+	return []defect{
+		{name: "create that got no answer makes another volume", notice: "answer lost, request 0: list", requests: true, break_: func(b *backend) {
+			b.create = func(b *backend, ctx context.Context, req backends.CreateRequest) (backends.Volume, error) {
+				vol, err := b.Backend.Create(ctx, req)
+				if unanswered(err) {
+					id := req.ID
+					req.ID = uuid.NewString()
+					vol, err = b.Backend.Create(ctx, req)
+					vol.ID = id
+				}
+				return vol, err
+			}
+		}},
+		{name: "attach takes no answer for success", notice: "request 3: attachments", requests: true, break_: func(b *backend) {
+			b.attach = func(b *backend, ctx context.Context, req backends.AttachRequest) (backends.Attachment, error) {
+				att, err := b.Backend.Attach(ctx, req)
+				if unanswered(err) {
+					return backends.Attachment{
+						Ref: req.Ref, Volume: req.Volume, Node: b.node, Token: req.Token, Device: backendtest.DevicePrefix + req.Ref,
+					}, nil
+				}
+				return att, err
+			}
+		}},
+		{name: "detach takes no answer for success", notice: "refused, request 5: attachments", requests: true, break_: func(b *backend) {
+			b.detach = func(b *backend, ctx context.Context, att backends.Attachment) error {
+				if err := b.Backend.Detach(ctx, att); !unanswered(err) {
+					return err
+				}
+				return nil
+			}
+		}},
+		{name: "delete takes no answer for success", notice: ": list: got [{", requests: true, break_: func(b *backend) {
+			b.remove = func(b *backend, ctx context.Context, ref string) error {
+				if err := b.Backend.Delete(ctx, ref); !unanswered(err) {
+					return err
+				}
+				return nil
+			}
+		}},
+		{name: "no answer means that nothing is attached", notice: "request 4: attachments", requests: true, break_: func(b *backend) {
+			b.attachments = func(b *backend, ctx context.Context) ([]backends.Attachment, error) {
+				if atts, err := b.Backend.Attachments(ctx); !unanswered(err) {
+					return atts, err
+				}
+				return nil, nil
+			}
+		}},
+		{name: "no answer means that there are no volumes", notice: "request 1: list", requests: true, break_: func(b *backend) {
+			b.list = func(b *backend, ctx context.Context) ([]backends.Volume, error) {
+				if vols, err := b.Backend.List(ctx); !unanswered(err) {
+					return vols, err
+				}
+				return nil, nil
+			}
+		}},
+		{name: "no answer means that there is no such volume", notice: "request 2: get: got", requests: true, break_: func(b *backend) {
+			b.get = func(b *backend, ctx context.Context, ref string) (backends.Volume, error) {
+				vol, err := b.Backend.Get(ctx, ref)
+				if unanswered(err) {
+					err = backends.ErrNotFound
+				}
+				return vol, err
+			}
+		}},
+		{name: "fence takes no answer for success", notice: "of the node that is cut off has succeeded", requests: true, break_: func(b *backend) {
+			b.fence = func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error) {
+				evidence, err := b.sound(ctx, req)
+				if unanswered(err) {
+					return "it was asked", nil
+				}
+				return evidence, err
+			}
+		}},
+		{name: "a call fails for ever after no answer", notice: "create fails for ever", requests: true, break_: func(b *backend) {
+			b.create = func(b *backend, ctx context.Context, req backends.CreateRequest) (backends.Volume, error) {
+				if _, ok := b.fenced.Load(note{req.ID, "broken"}); ok {
+					return backends.Volume{}, backends.ErrUnavailable
+				}
+				vol, err := b.Backend.Create(ctx, req)
+				if unanswered(err) {
+					b.fenced.Store(note{req.ID, "broken"}, true)
+				}
+				return vol, err
+			}
+		}},
+	}
+}
+
 func fencingDefects() []defect {
 	bad := func(name, notice string, props backends.Properties, f fenceFunc) defect {
 		return defect{name: "fence " + name, notice: notice, props: props, break_: func(b *backend) { b.fence = f }}
@@ -1035,6 +1129,9 @@ func complaints(t *testing.T, d defect) map[string][]string {
 			}
 			return b
 		}
+		if !d.requests {
+			s.Faults = nil
+		}
 		if d.device != nil {
 			s.Open = func(node, device string, _ bool) (backendtest.Device, error) {
 				opened, err := m.Open(node, device)
@@ -1083,7 +1180,7 @@ func TestSuiteRejects(t *testing.T) {
 // TestSuiteAccepts makes sure that it is the defects that are rejected.
 func TestSuiteAccepts(t *testing.T) {
 	for _, props := range []backends.Properties{{}, nameless, f0, {Class: backends.ClassNone}, f2} {
-		if said := complaints(t, defect{props: props, many: 20, break_: func(*backend) {}}); len(said) > 0 {
+		if said := complaints(t, defect{props: props, many: 20, requests: true, break_: func(*backend) {}}); len(said) > 0 {
 			t.Errorf("class %s: %q", props.Class, said)
 		}
 	}

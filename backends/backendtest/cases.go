@@ -88,6 +88,7 @@ func Cases() []Case {
 		{"fence races attach", fenceRacesAttach},
 		{"fence races detach", fenceRacesDetach},
 		{"storage system is down", storageDown},
+		{"every request fails", everyRequestFails},
 	}
 }
 

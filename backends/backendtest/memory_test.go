@@ -3,6 +3,7 @@ package backendtest_test
 import (
 	"context"
 	"errors"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -18,7 +19,38 @@ func storage(m *backendtest.Memory) backendtest.Storage {
 		Down: func(down bool) {
 			m.Inject(func(backendtest.Call) backendtest.Fault { return backendtest.Fault{Refused: down} })
 		},
+		Faults: map[string]func(n int) func() bool{
+			"refused":     once(m, backendtest.Fault{Refused: true}),
+			"answer lost": once(m, backendtest.Fault{DropReply: true}),
+		},
 	}
+}
+
+// once makes one call suffer a fault.
+func once(m *backendtest.Memory, fault backendtest.Fault) func(n int) func() bool {
+	return func(n int) func() bool {
+		var calls atomic.Int64
+		m.Inject(func(backendtest.Call) backendtest.Fault {
+			if calls.Add(1) == int64(n)+1 {
+				return fault
+			}
+			return backendtest.Fault{}
+		})
+		return func() bool {
+			m.Inject(nil)
+			return calls.Load() > int64(n)
+		}
+	}
+}
+
+// A call that is never answered is given up, and made again.
+func TestMemoryIsSilent(t *testing.T) {
+	backendtest.RunCase(t, "every request fails", backendtest.Config{Timeout: time.Second, New: func(backendtest.T) backendtest.Storage {
+		m := backendtest.NewMemory(backends.Properties{})
+		s := storage(m)
+		s.Faults = map[string]func(n int) func() bool{"silent": once(m, backendtest.Fault{Hang: true})}
+		return s
+	}})
 }
 
 func TestMemory(t *testing.T) {

@@ -41,6 +41,12 @@ type Storage struct {
 	// Down makes the storage system answer nobody, and answer again. It is called
 	// while no call is under way. Nil: it cannot be done.
 	Down func(down bool)
+	// Faults are what may happen to a request to the storage system, by name. Each makes
+	// the next request but n suffer it, once, and returns a function that takes it back and
+	// says whether there was such a request. Nil: it cannot be done.
+	Faults map[string]func(n int) (stop func() bool)
+	// Late is for how long a request that has suffered one of them may yet take effect.
+	Late time.Duration
 }
 
 // Config says how to run the suite for a backend.
@@ -76,6 +82,18 @@ func Run(t *testing.T, cfg Config) {
 	for _, c := range Cases() {
 		t.Run(c.Name, func(t *testing.T) { c.Run(t, cfg) })
 	}
+}
+
+// RunCase runs one case of the contract, for a storage that differs from that of Run.
+func RunCase(t T, name string, cfg Config) {
+	t.Helper()
+	for _, c := range Cases() {
+		if c.Name == name {
+			c.Run(t, cfg)
+			return
+		}
+	}
+	t.Fatalf("there is no case %q", name)
 }
 
 // Case is one case of the contract.
