@@ -28,9 +28,6 @@ import (
 	"github.com/flocker-plugin/flocker/backends"
 )
 
-// callTimeout bounds one try of one call.
-const callTimeout = 10 * time.Second
-
 // conn is EC2 as this instance sees it.
 type conn struct {
 	ec2                    calls
@@ -74,7 +71,7 @@ func (b *Backend) connect(ctx context.Context) (*conn, error) {
 		if b.cfg.Endpoint != "" {
 			o.BaseEndpoint = &b.cfg.Endpoint
 		}
-		o.HTTPClient = &limited{httpClient(), limiter}
+		o.HTTPClient = &limited{httpClient(b.pace.call), limiter}
 		o.Retryer = retry.NewAdaptiveMode(func(o *retry.AdaptiveModeOptions) {
 			o.StandardOptions = append(o.StandardOptions, func(o *retry.StandardOptions) {
 				o.MaxAttempts, o.MaxBackoff, o.RateLimiter = 8, b.pace.most, ratelimit.None
@@ -148,8 +145,8 @@ func or(a, b string) string {
 
 // httpClient leaves nothing behind in this host's kernel: what was not sent when a
 // call is given up never is.
-func httpClient() aws.HTTPClient {
-	return awshttp.NewBuildableClient().WithTimeout(callTimeout).WithTransportOptions(func(tr *http.Transport) {
+func httpClient(limit time.Duration) aws.HTTPClient {
+	return awshttp.NewBuildableClient().WithTimeout(limit).WithTransportOptions(func(tr *http.Transport) {
 		dial := tr.DialContext
 		tr.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
 			conn, err := dial(ctx, network, addr)

@@ -89,11 +89,13 @@ type pace struct {
 	device      time.Duration // for a device to appear
 	grace       time.Duration // for a running instance to let go of a volume
 	force       time.Duration // for an instance to stop by itself
+	call        time.Duration // for one try of one call
 }
 
 var usual = pace{
 	first: 250 * time.Millisecond, most: 5 * time.Second, lag: 3 * time.Second, window: 10 * time.Millisecond,
 	settle: time.Minute, device: 30 * time.Second, grace: 8 * time.Second, force: time.Minute,
+	call: 10 * time.Second,
 }
 
 var (
@@ -183,11 +185,14 @@ func (b *Backend) until(ctx context.Context, limit time.Duration, what string, l
 		if time.Now().Add(wait).After(deadline) {
 			return fmt.Errorf("%s: not within %s: %w", what, limit, backends.ErrUnavailable)
 		}
-		if err := sleep(ctx, wait/2+rand.N(wait)); err != nil {
+		if err := sleep(ctx, jitter(wait)); err != nil {
 			return fmt.Errorf("%s: %w", what, err)
 		}
 	}
 }
+
+// jitter is a time from half of wait to all of it.
+func jitter(wait time.Duration) time.Duration { return wait/2 + rand.N(wait/2) }
 
 func sleep(ctx context.Context, wait time.Duration) error {
 	timer := time.NewTimer(wait)

@@ -4,6 +4,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/flocker-plugin/flocker/backends"
 	"github.com/flocker-plugin/flocker/backends/backendtest"
 	"github.com/flocker-plugin/flocker/backends/ebs/ec2test"
 )
@@ -31,6 +32,49 @@ func TestContract(t *testing.T) {
 				},
 				Many: many,
 			})
+		})
+	}
+}
+
+// Every call to EC2 fails in every way. Half a minute, after which an answer comes, is shorter
+// here, and so is the backend's patience. What is carried out late has tests of its own.
+func TestFaults(t *testing.T) {
+	t.Parallel()
+	const patience, minute = 500 * time.Millisecond, time.Second
+	faults := map[string]ec2test.Fault{
+		"429":                 {Code: "RequestLimitExceeded", Status: 429},
+		"500":                 {Code: "InternalError", Status: 500},
+		"503":                 {Code: "Unavailable", Status: 503},
+		"no answer":           {Hang: true},
+		"answer lost":         {Drop: true},
+		"half an answer":      {Half: true},
+		"answer after 30 s":   {Slow: minute},
+		"request has expired": {Code: "RequestExpired", Status: 400},
+		"credentials renewed": {Code: "ExpiredToken", Status: 400},
+	}
+	for name, fault := range faults {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			backendtest.RunCase(t, "every request fails", backendtest.Config{New: func(t backendtest.T) backendtest.Storage {
+				c := newCloud(t, ec2test.Config{})
+				s := backendtest.Storage{Node: func(cluster, node string) backends.Backend {
+					b := c.backend(cluster, node)
+					b.Impatient(patience)
+					return b
+				}, Open: c.open}
+				s.Faults = map[string]func(n int) func() bool{name: func(n int) func() bool {
+					f := fault
+					f.After, f.Times = n, 1
+					c.SetFaults(f)
+					return func() bool {
+						hit := c.Struck()
+						c.SetFaults()
+						c.startAll() // a fence that was held up stops the instance
+						return hit
+					}
+				}}
+				return s
+			}})
 		})
 	}
 }

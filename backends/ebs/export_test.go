@@ -7,6 +7,7 @@ func (b *Backend) Fast(sysfs, dev string, claimed func(path string) error, lag t
 	b.pace = pace{
 		first: 2 * time.Millisecond, most: 20 * time.Millisecond, lag: lag, window: 500 * time.Microsecond,
 		settle: 10 * time.Second, device: time.Second, grace: 2 * time.Second, force: 100 * time.Millisecond,
+		call: usual.call,
 	}
 	usual := newKernel()
 	b.kernel = kernel{sysfs: sysfs, dev: dev, claimed: claimed, node: usual.node}
@@ -16,6 +17,12 @@ func (b *Backend) Fast(sysfs, dev string, claimed func(path string) error, lag t
 	}
 	b.kernel.node = func(path string) (string, error) { return b.kernel.attr(path[len(dev)+1:], "dev") }
 }
+
+// Impatient makes a backend wait for an answer no longer than that.
+func (b *Backend) Impatient(limit time.Duration) { b.pace.call = limit }
+
+// FirstLook is how long a backend waits in earnest before it looks again for the first time.
+func FirstLook() time.Duration { return jitter(usual.first) }
 
 // Usual makes a backend wait as long as it does in earnest.
 func (b *Backend) Usual() { b.pace = usual }

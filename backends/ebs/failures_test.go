@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
@@ -268,6 +269,43 @@ func TestDetachUnanswered(t *testing.T) {
 	}
 }
 
+// An AttachVolume that is carried out after it was sent again, and after the volume was
+// detached, is an attachment of this host which this host sees, and drops.
+func TestAttachCarriedOutLate(t *testing.T) {
+	s := newStored(t, ec2test.Config{})
+	const patience, late = 200 * time.Millisecond, 3 * time.Second
+	s.a.Impatient(patience)
+	s.SetFaults(ec2test.Fault{Action: "AttachVolume", Times: 1, Late: late})
+	started := time.Now()
+	att := s.mustAttach(s.a, 10)
+	if err := s.a.Detach(t.Context(), att); err != nil {
+		t.Fatal(err)
+	}
+	if time.Since(started) > late {
+		t.Skip("this machine is too slow to see it")
+	}
+	for time.Since(started) < time.Minute {
+		if i, _ := s.Attached(s.id); i != "" {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	s.wantAttached(s.instance("node-a"), "attached")
+	_, err := s.attach(s.b, 11)
+	attached, ok := errors.AsType[*backends.AttachedError](err)
+	if !ok || attached.Node != "node-a" || attached.Token != 10 {
+		t.Errorf("attach elsewhere: got %v", err)
+	}
+	atts, err := s.a.Attachments(t.Context())
+	if err != nil || len(atts) != 1 || atts[0].Token != 10 || atts[0].Node != "node-a" {
+		t.Fatalf("got %+v, %v", atts, err)
+	}
+	if err := s.a.Detach(t.Context(), atts[0]); err != nil {
+		t.Fatal(err)
+	}
+	s.mustAttach(s.b, 11)
+}
+
 func TestAttachUnanswered(t *testing.T) {
 	for _, action := range []string{"AttachVolume", "CreateTags", "DescribeVolumes"} {
 		s := newStored(t, ec2test.Config{})
@@ -414,6 +452,55 @@ func TestCalls(t *testing.T) {
 	idle, _ := c.Calls()
 	if n := idle["DescribeVolumes"] - after["DescribeVolumes"]; n != 0 {
 		t.Errorf("ten looks at what is attached made %d calls", n)
+	}
+}
+
+func TestFirstLook(t *testing.T) {
+	for range 1000 {
+		if wait := ebs.FirstLook(); wait <= 0 || wait > 250*time.Millisecond {
+			t.Fatalf("the first look at what has been asked for comes after %s, want 250ms at most", wait)
+		}
+	}
+}
+
+// Ten hosts with 300 volumes on which nothing happens ask EC2 nothing: what the driver asks
+// of a backend then, again and again, is what is attached (driver: TestIdleNodesAreQuiet).
+func TestIdle(t *testing.T) {
+	c, cluster := newCloud(t, ec2test.Config{}), uuid.NewString()
+	const nodes, volumes, attached = 10, 300, 200
+	hosts := make([]*ebs.Backend, nodes)
+	for i := range hosts {
+		hosts[i] = c.backend(cluster, fmt.Sprint("node-", i))
+	}
+	errs := make([]error, nodes)
+	var work sync.WaitGroup
+	for i, host := range hosts {
+		work.Go(func() {
+			for n := i; n < volumes; n += nodes {
+				vol, err := host.Create(t.Context(), backends.CreateRequest{ID: uuid.NewString(), Name: "v", Cluster: cluster, Size: 1 << 30})
+				if err == nil && n < attached {
+					_, err = host.Attach(t.Context(), backends.AttachRequest{Ref: vol.Ref, Volume: vol.ID, Token: 1})
+				}
+				errs[i] = errors.Join(errs[i], err)
+			}
+			_, err := host.Attachments(t.Context()) // a process asks once
+			errs[i] = errors.Join(errs[i], err)
+		})
+	}
+	work.Wait()
+	if err := errors.Join(errs...); err != nil {
+		t.Fatal(err)
+	}
+	before, _ := c.Calls()
+	for range 20 {
+		for _, host := range hosts {
+			if atts, err := host.Attachments(t.Context()); err != nil || len(atts) != attached/nodes {
+				t.Fatalf("got %d, %v", len(atts), err)
+			}
+		}
+	}
+	if after, _ := c.Calls(); !maps.Equal(before, after) {
+		t.Errorf("calls went from %v to %v", before, after)
 	}
 }
 

@@ -91,6 +91,20 @@ func (c *cloud) instance(node string) string {
 	return c.instances[node]
 }
 
+// startAll starts the instances that were stopped.
+func (c *cloud) startAll() {
+	c.nodesMu.Lock()
+	defer c.nodesMu.Unlock()
+	for _, instance := range c.instances {
+		if c.State(instance) == "running" {
+			continue
+		}
+		if err := c.Change("StartInstances", map[string]string{"InstanceId.1": instance}); err != nil {
+			panic(err)
+		}
+	}
+}
+
 func (c *cloud) node(cluster, node string) backends.Backend { return c.backend(cluster, node) }
 
 func (c *cloud) backend(cluster, node string) *ebs.Backend {

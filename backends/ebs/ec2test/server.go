@@ -46,14 +46,19 @@ type Guest interface {
 // the one a call suffers.
 type Fault struct {
 	Action string
+	After  int // so many calls are spared before
 	Times  int // 0 is all
 	// Code and Status refuse the call, without effect.
 	Code   string
 	Status int
 	// Hang answers nothing until the caller has gone, without effect.
 	Hang bool
-	// Drop closes the connection after the call has had its effect.
-	Drop bool
+	// Drop closes the connection after the call has had its effect; Half does so in the
+	// middle of the answer, and Slow holds the answer back.
+	Drop, Half bool
+	Slow       time.Duration
+	// Late passes before the call has its effect, whether or not the caller is still there.
+	Late time.Duration
 }
 
 // Server is the imitation. Its URL is that of the API.
@@ -137,6 +142,13 @@ func (s *Server) SetFaults(faults ...Fault) {
 	for _, f := range faults {
 		s.faults = append(s.faults, &f)
 	}
+}
+
+// Struck says that a fault which happens a number of times has happened as often.
+func (s *Server) Struck() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.ContainsFunc(s.faults, func(f *Fault) bool { return f.Times < 0 })
 }
 
 // SetRate fills the bucket, and changes how fast it is filled from now on.
@@ -271,6 +283,10 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 		if f.Action != "" && f.Action != action || f.Times < 0 {
 			continue
 		}
+		if f.After > 0 {
+			f.After--
+			continue
+		}
 		if fault = *f; f.Times > 0 {
 			if f.Times--; f.Times == 0 {
 				f.Times = -1
@@ -298,11 +314,21 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 		bad = refuse("RequestLimitExceeded", "Request limit exceeded.")
 		bad.status = http.StatusServiceUnavailable
 	default:
+		s.mu.Unlock()
+		time.Sleep(fault.Late)
+		s.mu.Lock()
 		answer, bad = s.do(action, params)
 	}
 	s.mu.Unlock()
+	time.Sleep(fault.Slow)
 	switch {
 	case fault.Drop:
+		panic(http.ErrAbortHandler)
+	case fault.Half && bad == nil:
+		whole := httptest.NewRecorder()
+		s.reply(whole, action, answer)
+		w.Header().Set("Content-Length", strconv.Itoa(whole.Body.Len()))
+		_, _ = w.Write(whole.Body.Bytes()[:whole.Body.Len()/2])
 		panic(http.ErrAbortHandler)
 	case bad != nil:
 		s.fail(w, bad)
