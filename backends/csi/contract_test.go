@@ -8,10 +8,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/google/uuid"
+	"google.golang.org/grpc/codes"
 
 	"github.com/flocker-plugin/flocker/backends"
 	"github.com/flocker-plugin/flocker/backends/backendtest"
@@ -190,4 +192,42 @@ func newVolume(t *testing.T, opts csitest.Options, cfg csi.Config) (*storage, st
 func request(cluster string) backends.CreateRequest {
 	id := uuid.NewString()
 	return backends.CreateRequest{ID: id, Name: "db", Cluster: cluster, Size: 8 << 20}
+}
+
+// Every call to the driver fails in every way. Half a minute is shorter here, and so is the
+// backend's patience.
+func TestFaults(t *testing.T) {
+	backendtest.NeedRoot(t)
+	const patience, minute = 300 * time.Millisecond, 600 * time.Millisecond
+	for name, fault := range map[string]csitest.Fault{
+		"429":                 {Before: codes.ResourceExhausted},
+		"500":                 {Before: codes.Internal},
+		"no answer":           {Hang: true},
+		"answer lost":         {HangAfter: true},
+		"half an answer":      {Half: true},
+		"carried out in 30 s": {Late: minute},
+		"failed, and done":    {After: codes.Internal},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			kind := kinds["fences"]
+			kind.cfg.CallTimeout = patience
+			backendtest.RunCase(t, "every request fails", backendtest.Config{New: func(t backendtest.T) backendtest.Storage {
+				s := newStorage(t, kind.opts, kind.cfg)
+				return backendtest.Storage{Node: s.node, Late: 2 * fault.Late, Faults: map[string]func(n int) func() bool{name: func(n int) func() bool {
+					var calls atomic.Int64
+					s.Inject(func(csitest.Call) csitest.Fault {
+						if calls.Add(1) == int64(n)+1 {
+							return fault
+						}
+						return csitest.Fault{}
+					})
+					return func() bool {
+						s.Inject(nil)
+						return calls.Load() > int64(n)
+					}
+				}}}
+			}})
+		})
+	}
 }

@@ -800,3 +800,46 @@ func TestOpenInAnotherProcess(t *testing.T) {
 	_ = cmd.Wait()
 	down(t, b, vol, att)
 }
+
+// Ten hosts with 300 volumes on which nothing happens call no driver: what is attached they
+// see in the kernel (and no more is asked of them: driver: TestIdleNodesAreQuiet).
+func TestIdle(t *testing.T) {
+	s, cluster, vol := newVolume(t, kinds["fences"].opts, kinds["fences"].cfg)
+	const nodes, volumes, attached = 10, 300, 20
+	hosts := make([]backends.Backend, nodes)
+	for i := range hosts {
+		hosts[i] = s.node(cluster, fmt.Sprint("n", i))
+	}
+	vols, atts := []backends.Volume{vol}, []backends.Attachment{}
+	for len(vols) < volumes {
+		vol, err := hosts[0].Create(t.Context(), request(cluster))
+		if err != nil {
+			t.Fatal(err)
+		}
+		vols = append(vols, vol)
+	}
+	for i := range attached {
+		atts = append(atts, attach(t, hosts[i%nodes], vols[i], 1))
+	}
+	s.Calls()
+	for range 20 {
+		for i, host := range hosts {
+			if got, err := host.Attachments(t.Context()); err != nil || len(got) != attached/nodes {
+				t.Fatalf("n%d: got %+v, %v", i, got, err)
+			}
+		}
+	}
+	if calls := s.Calls(); len(calls) > 0 {
+		t.Errorf("the driver was called: %v", calls)
+	}
+	for i, att := range atts {
+		if err := hosts[i%nodes].Detach(t.Context(), att); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, vol := range vols {
+		if err := hosts[0].Delete(t.Context(), vol.Ref); err != nil {
+			t.Error(err)
+		}
+	}
+}

@@ -19,6 +19,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -94,6 +95,8 @@ type Fault struct {
 	// Late: the caller is told DEADLINE_EXCEEDED, and the call, under way meanwhile, is
 	// done this much later.
 	Late time.Duration
+	// Half: the connection ends in the middle of the answer.
+	Half bool
 }
 
 // Call is one call, as Inject's function sees it.
@@ -113,6 +116,7 @@ type Driver struct {
 	nodes      map[string]*node
 	inject     func(Call) Fault
 	calls      map[string]int
+	spent      time.Duration
 	violations []string
 	ignored    map[string]bool // methods
 	down       bool
@@ -141,6 +145,32 @@ type node struct {
 	name   string
 	server *grpc.Server
 	socket string
+	halve  atomic.Bool // what is sent next
+}
+
+// halves is a node's listener, and its connections.
+type (
+	halves struct {
+		net.Listener
+		node *node
+	}
+	half struct {
+		net.Conn
+		node *node
+	}
+)
+
+func (h halves) Accept() (net.Conn, error) {
+	conn, err := h.Listener.Accept()
+	return half{conn, h.node}, err
+}
+
+func (h half) Write(p []byte) (int, error) {
+	if !h.node.halve.CompareAndSwap(true, false) {
+		return h.Conn.Write(p)
+	}
+	n, err := h.Conn.Write(p[:len(p)/2])
+	return n, errors.Join(err, h.Close(), net.ErrClosed)
 }
 
 // New returns a driver that keeps its volumes and sockets in a directory, which must
@@ -179,6 +209,15 @@ func (d *Driver) Calls() map[string]int {
 	calls := d.calls
 	d.calls = map[string]int{}
 	return calls
+}
+
+// Spent returns how long the driver has worked on calls since it was asked last.
+func (d *Driver) Spent() time.Duration {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	spent := d.spent
+	d.spent = 0
+	return spent
 }
 
 // Violations lists what the specification forbids a caller to do, and one did.
@@ -250,7 +289,7 @@ func (d *Driver) serve(n *node) error {
 	csi.RegisterControllerServer(s, sv)
 	csi.RegisterNodeServer(s, sv)
 	n.server = s
-	go func() { _ = s.Serve(l) }() // until Stop
+	go func() { _ = s.Serve(halves{l, n}) }() // until Stop
 	return nil
 }
 
@@ -342,11 +381,16 @@ func (d *Driver) intercept(ctx context.Context, n *node, req any, full string, h
 		return nil, status.Errorf(codes.DeadlineExceeded, "%s takes long, by wish of the test", method)
 	}
 	// A driver does not notice that its caller has gone.
+	started := time.Now()
 	reply, err := d.handle(context.WithoutCancel(ctx), req, handler)
+	d.mu.Lock()
+	d.spent += time.Since(started)
+	d.mu.Unlock()
 	if fault.HangAfter {
 		<-ctx.Done()
 		return nil, status.FromContextError(ctx.Err()).Err()
 	}
+	n.halve.Store(fault.Half)
 	if fault.After != codes.OK {
 		return nil, status.Errorf(fault.After, "%s was done, by wish of the test", method)
 	}
