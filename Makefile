@@ -92,6 +92,10 @@ hosts: deps plugin ## Docker hosts to try things out on; ARGS='-n 2 -engine 29' 
 bench: deps plugin ## how fast it is, beside Docker's local driver and the bare system calls
 	$(GO) run ./e2e/bench
 
+.PHONY: bench-attach
+bench-attach: ## what a Mount adds to what the storage takes, as root; on an idle machine
+	$(GO) test ./plugin -run '^$$' -bench BenchmarkMount -benchtime 300x -count 3
+
 .PHONY: bench-takeover
 bench-takeover: deps plugin-teststore ## how long a volume is not written to when its host is killed; KILLS=20
 	$(GO) run ./e2e/bench -takeover $(or $(KILLS),20) $(ARGS)

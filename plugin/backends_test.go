@@ -15,15 +15,15 @@ import (
 	"github.com/flocker-plugin/flocker/control/api"
 )
 
-// san starts a CSI driver that can cut hosts off, with real devices, and its socket. At
-// the end of the test nothing of it may be left.
-func san(t *testing.T) (driver *csitest.Driver, socket string) {
+// san starts a CSI driver that can cut hosts off, with real devices, and its socket. It
+// demands secrets, if there are any. At the end of the test nothing of it may be left.
+func san(t testing.TB, secrets map[string]string) (driver *csitest.Driver, socket string) {
 	t.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "san") //nolint:usetesting // short: the path of a socket may have 107 bytes
 	if err != nil {
 		t.Fatal(err)
 	}
-	driver = csitest.New(dir, csitest.Options{Publish: true, Cuts: true, Stage: true, Shown: true, GetVolume: true, ListVolumes: true})
+	driver = csitest.New(dir, csitest.Options{Publish: true, Cuts: true, Stage: true, Shown: true, GetVolume: true, ListVolumes: true, Secrets: secrets})
 	t.Cleanup(func() {
 		if all, used := driver.Volumes(); !t.Failed() && all > 0 {
 			t.Errorf("left at the storage: %d volumes, %d in use", all, used)
@@ -49,7 +49,7 @@ func san(t *testing.T) (driver *csitest.Driver, socket string) {
 }
 
 // says calls until the answer has some words in it, for limit at most; 0 is once.
-func (p *process) says(t *testing.T, limit time.Duration, path, body string, want ...string) {
+func (p *process) says(t testing.TB, limit time.Duration, path, body string, want ...string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), max(limit, createDeadline))
 	defer cancel()
@@ -66,7 +66,7 @@ func (p *process) says(t *testing.T, limit time.Duration, path, body string, wan
 }
 
 // mounts has a volume mounted and unmounted.
-func (p *process) mounts(t *testing.T, limit time.Duration, name string) {
+func (p *process) mounts(t testing.TB, limit time.Duration, name string) {
 	t.Helper()
 	body := `{"Name":"` + name + `","ID":"x"}`
 	p.says(t, limit, "/VolumeDriver.Mount", body, `{"Mountpoint":"`)
@@ -79,7 +79,7 @@ func TestBackendDown(t *testing.T) {
 	if os.Geteuid() != 0 {
 		skip(t, "root", "needs root")
 	}
-	driver, socket := san(t)
+	driver, socket := san(t, nil)
 	dir, etcd := t.TempDir(), "FLOCKER_ETCD_LISTEN="+freeAddress(t)
 	credentials := filepath.Join(dir, "credentials")
 	for file, text := range map[string]string{

@@ -21,7 +21,7 @@ func testLog(t *testing.T) *logrus.Entry {
 	return logrus.NewEntry(log)
 }
 
-func freeAddress(t *testing.T) string {
+func freeAddress(t testing.TB) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

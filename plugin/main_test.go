@@ -49,7 +49,7 @@ func plugin(ctx context.Context, dir string, environ ...string) *process {
 }
 
 // begin starts the process; it is killed at the end of the test.
-func (p *process) begin(t *testing.T) *process {
+func (p *process) begin(t testing.TB) *process {
 	t.Helper()
 	if err := p.Start(); err != nil {
 		t.Fatal(err)
@@ -88,7 +88,7 @@ func (p *process) post(ctx context.Context, path, body string) (string, error) {
 }
 
 // await calls until the socket answers, for limit at most.
-func (p *process) await(t *testing.T, limit time.Duration, path, body, want string) {
+func (p *process) await(t testing.TB, limit time.Duration, path, body, want string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	defer cancel()
@@ -109,7 +109,7 @@ func (p *process) await(t *testing.T, limit time.Duration, path, body, want stri
 }
 
 // stop sends SIGTERM and checks how the process ends.
-func (p *process) stop(t *testing.T) {
+func (p *process) stop(t testing.TB) {
 	t.Helper()
 	start := time.Now()
 	if err := p.Process.Signal(syscall.SIGTERM); err != nil {
@@ -279,7 +279,7 @@ func TestCommands(t *testing.T) {
 }
 
 // skip skips a test that needs what the machine has not, unless REQUIRE names it.
-func skip(t *testing.T, need, why string) {
+func skip(t testing.TB, need, why string) {
 	t.Helper()
 	for word := range strings.SplitSeq(os.Getenv("REQUIRE"), ",") {
 		if word == need {
