@@ -149,7 +149,7 @@ CEPH := ceph-common ceph-mon ceph-osd qemu-block-extra qemu-system-common
 .PHONY: test-ceph
 test-ceph: ## the RBD backend on a real Ceph cluster, which it starts and removes, as root (minutes); RUN=TestName
 	$(MAKE) --no-print-directory deps PACKAGES='$(CEPH)'
-	REQUIRE=root,ceph $(GO) test -race -count 1 -timeout 45m $(if $(RUN),-run '$(RUN)') ./backends/rbd/... ./backends/attach/...
+	REQUIRE=root,ceph $(GO) test -race -count 1 -v -timeout 90m $(if $(RUN),-run '$(RUN)') ./backends/rbd/... ./backends/attach/...
 
 .PHONY: test-ceph-hosts
 test-ceph-hosts: deps build ## Docker hosts with volumes in a real Ceph cluster: moves, a drained node, hosts that are cut off or killed (many minutes, as root)
