@@ -59,6 +59,9 @@ func (c Cluster) args(program string) []string {
 		args = append(args, "--no-mon-config") // it has nothing to do with objects, and takes time
 	}
 	seconds := strconv.Itoa(opTimeout)
+	if program == "rbd-nbd" { // it stays, and serves a device: an outage is no error for that
+		return append(args, "--client-mount-timeout", seconds)
+	}
 	return append(args, "--client-mount-timeout", seconds, "--rados-mon-op-timeout", seconds, "--rados-osd-op-timeout", seconds)
 }
 

@@ -83,6 +83,13 @@ func TestRun(t *testing.T) {
 	if err != nil || string(out) != want {
 		t.Errorf("got %q, %v; want %q", out, err, want)
 	}
+	// What serves a device waits for a cluster that does not answer.
+	program(t, "rbd-nbd", `echo "$@"`)
+	out, err = c.Run(t.Context(), "rbd-nbd", "map", "p/i")
+	want = "--conf /dev/null --id flocker --mon-host 192.0.2.1 --keyring /k --client-mount-timeout 10 map p/i\n"
+	if err != nil || string(out) != want {
+		t.Errorf("got %q, %v; want %q", out, err, want)
+	}
 	program(t, "rbd", "sleep 60")
 	began := time.Now()
 	_, err = c.Run(t.Context(), "rbd", "info", "p/i")

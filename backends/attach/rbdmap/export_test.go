@@ -17,9 +17,10 @@ func (c Cluster) Fail(program string, code int, printed string) error {
 
 // The internals that have tests of their own.
 var (
-	Escape   = escape
-	Unescape = unescape
-	Speaks   = speaks
-	AskAsok  = askClient
-	QMP      = qmp
+	HoldClosed = holdClosed
+	Escape     = escape
+	Unescape   = unescape
+	Speaks     = speaks
+	AskAsok    = askClient
+	QMP        = qmp
 )

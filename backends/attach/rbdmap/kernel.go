@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -222,7 +223,8 @@ func startNBD(ctx context.Context, image Image, conf string) (path string, err e
 
 // unmapNBD ends rbd-nbd, once nobody has its device open: it would go anyway.
 func (a *Attacher) unmapNBD(ctx context.Context, d Device) (clean bool, err error) {
-	closed, err := holdClosed(ctx, d.Path)
+	// The program itself has it open all the time.
+	closed, err := holdClosed(ctx, d.Path, processes(d.dir))
 	if err != nil {
 		return false, err
 	}
@@ -231,43 +233,57 @@ func (a *Attacher) unmapNBD(ctx context.Context, d Device) (clean bool, err erro
 }
 
 // holdClosed opens a device exclusively, so that nobody can use it until the returned
-// function is called; ErrInUse if somebody has it open.
-func holdClosed(ctx context.Context, path string) (release func(), err error) {
+// function is called; ErrInUse if somebody but its program has it open. What the device
+// still holds is written: with a program that has it open, nobody is the last to close it.
+func holdClosed(ctx context.Context, path string, program []int) (release func(), err error) {
+	var held *os.File // and not closed while others look: that makes udev look again
 	for started := time.Now(); ; {
-		var f *os.File
-		err := loop.Bounded(ctx, hang, path, func() (err error) {
-			// Exclusively: fails while it is mounted, in whatever mount namespace.
-			f, err = os.OpenFile(path, os.O_RDWR|syscall.O_EXCL, 0)
-			return err
-		})
-		switch {
-		case err == nil && !openElsewhere(path):
-			return func() { _ = f.Close() }, nil
-		case err == nil:
-			_ = f.Close()
-		case errors.Is(err, syscall.ENXIO), errors.Is(err, syscall.ENODEV), errors.Is(err, fs.ErrNotExist):
-			return func() {}, nil // nobody can open it
-		case !errors.Is(err, syscall.EBUSY):
-			return nil, backends.Classify(backends.ErrUnavailable, err)
+		if held == nil {
+			var f *os.File
+			err = loop.Bounded(ctx, hang, path, func() (err error) {
+				// Exclusively: fails while it is mounted, in whatever mount namespace.
+				f, err = os.OpenFile(path, os.O_RDWR|syscall.O_EXCL, 0)
+				return err
+			})
+			switch {
+			case err == nil:
+				held = f
+			case errors.Is(err, syscall.ENXIO), errors.Is(err, syscall.ENODEV), errors.Is(err, fs.ErrNotExist):
+				return func() {}, nil // nobody can open it
+			case !errors.Is(err, syscall.EBUSY):
+				return nil, backends.Classify(backends.ErrUnavailable, err)
+			}
 		}
-		if time.Since(started) > settle {
-			return nil, fmt.Errorf("%s is open or mounted: %w", path, backends.ErrInUse)
+		if held != nil && !openElsewhere(path, program) {
+			_ = loop.Bounded(ctx, hang, path, held.Sync) // it fails if the client was cut off
+			return func() { _ = held.Close() }, nil
 		}
-		if err := sleep(ctx, 20*time.Millisecond); err != nil {
+		err = sleep(ctx, 20*time.Millisecond)
+		if err == nil && time.Since(started) > settle {
+			err = fmt.Errorf("%s is open or mounted: %w", path, backends.ErrInUse)
+		}
+		if err != nil {
+			if held != nil {
+				_ = held.Close() // nothing was written to it
+			}
 			return nil, err
 		}
 	}
 }
 
-// openElsewhere says whether another process that can be seen from here has a device open.
-func openElsewhere(path string) bool {
+// openElsewhere says whether a process that can be seen from here has a device open, other
+// than this one and the program of the device.
+func openElsewhere(path string, program []int) bool {
 	open, err := filepath.Glob("/proc/[0-9]*/fd/*")
 	if err != nil {
 		return false
 	}
-	own := fmt.Sprintf("/proc/%d/", os.Getpid())
 	for _, fd := range open {
-		if link, err := os.Readlink(fd); err == nil && link == path && !strings.HasPrefix(fd, own) {
+		pid, _ := strconv.Atoi(strings.Split(fd, "/")[2]) // the pattern has seen to it
+		if pid == os.Getpid() || slices.Contains(program, pid) {
+			continue
+		}
+		if link, err := os.Readlink(fd); err == nil && link == path {
 			return true
 		}
 	}
