@@ -4,11 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/flocker-plugin/flocker/backends"
@@ -88,27 +85,7 @@ func (b *Backend) Attachments(ctx context.Context) ([]backends.Attachment, error
 
 // lock keeps other calls of this node, of another process too, from a volume's devices.
 func (b *Backend) lock(ctx context.Context, dataset string) (unlock func(), err error) {
-	if err := os.MkdirAll(b.dir, 0o700); err != nil {
-		return nil, backends.Classify(backends.ErrUnavailable, err)
-	}
-	f, err := os.OpenFile(filepath.Join(b.dir, "lock-"+dataset), os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, backends.Classify(backends.ErrUnavailable, err)
-	}
-	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
-		err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
-		if err == nil {
-			return func() { _ = f.Close() }, nil
-		}
-		if !errors.Is(err, syscall.EWOULDBLOCK) {
-			_ = f.Close()
-			return nil, backends.Classify(backends.ErrUnavailable, &os.PathError{Op: "lock", Path: f.Name(), Err: err})
-		}
-		if err := sleep(ctx, pause); err != nil {
-			_ = f.Close()
-			return nil, fmt.Errorf("another call for the volume is under way on this host: %w", err)
-		}
-	}
+	return rbdmap.Lock(ctx, b.dir, dataset)
 }
 
 // Attach implements backends.Backend.
