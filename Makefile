@@ -136,12 +136,12 @@ test-ebs: ## the EBS backend on an imitation of EC2, which boto3 judges (minutes
 
 # OpenStack for the tests of its backend, and what it needs.
 OPENSTACK := cinder-api cinder-scheduler cinder-volume rabbitmq-server qemu-utils python3-pymysql \
-	keystone placement-api nova-api nova-conductor nova-scheduler nova-compute mariadb-server
+	keystone placement-api nova-api nova-conductor nova-scheduler nova-compute mariadb-server python3-rados python3-rbd
 
 .PHONY: test-openstack
 test-openstack: ## the OpenStack backend on real services, of Debian's packages (many minutes, as root); RUN=TestName
-	$(MAKE) --no-print-directory deps PACKAGES="$(OPENSTACK)"
-	OPENSTACK=real REQUIRE=root $(GO) test -race -count 1 -v -timeout 90m $(if $(RUN),-run '$(RUN)') ./backends/openstack
+	$(MAKE) --no-print-directory deps PACKAGES="$(OPENSTACK) $(CEPH)"
+	OPENSTACK=real REQUIRE=root,ceph $(GO) test -race -count 1 -v -timeout 90m $(if $(RUN),-run '$(RUN)') ./backends/openstack
 
 # What a Ceph cluster of its own needs, and what attaches its images.
 CEPH := ceph-common ceph-mon ceph-osd qemu-block-extra qemu-system-common

@@ -52,6 +52,14 @@ cloud:
   profiles:
     fast: {volume_type: ssd}
   late_calls: 2m
+cinder:
+  type: openstack
+  attach: connector
+  cinder_url: http://cinder.example:8776/v3
+  project_id: 6f70656e737461636b20342065766572
+  ceph_user: flocker
+  ceph_monitors: [192.0.2.1]
+  ceph_keyring_file: /var/lib/flocker/ceph
 ceph:
   type: rbd
   monitors: [192.0.2.1, "[v2:192.0.2.2:3300,v1:192.0.2.2:6789]"]
@@ -86,7 +94,11 @@ func TestParseBackends(t *testing.T) {
 			ApplicationCredentialSecretFile: "/var/lib/flocker/cloud", Profiles: map[string]openstack.Profile{"fast": {VolumeType: "ssd"}},
 			LateCalls: 2 * time.Minute,
 		}},
-		{"ceph", "rbd", "f", 34, &rbd.Config{
+		{"cinder", "openstack", "f", 34, &openstack.Config{
+			Attach: "connector", CinderURL: "http://cinder.example:8776/v3", ProjectID: "6f70656e737461636b20342065766572",
+			CephUser: "flocker", CephMonitors: []string{"192.0.2.1"}, CephKeyringFile: "/var/lib/flocker/ceph",
+		}},
+		{"ceph", "rbd", "f", 42, &rbd.Config{
 			Monitors: []string{"192.0.2.1", "[v2:192.0.2.2:3300,v1:192.0.2.2:6789]"}, KeyringFile: "/var/lib/flocker/ceph", Pool: "volumes",
 			Profiles: map[string]rbd.Profile{"cheap": {DataPool: "coded", Features: []string{"layering", "exclusive-lock"}, ObjectSize: 8 * backends.MiB}},
 			Attach:   "fuse",

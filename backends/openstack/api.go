@@ -255,6 +255,8 @@ const (
 	keyReady      = "flocker_ready"
 	keyAttached   = "flocker_attached_"   // and <server>_<token>; its value is the node
 	keyAttachment = "flocker_attachment_" // and the attachment's id; its value is "<token> <node>"
+	keyClient     = "flocker_client_"     // and <attachment>_<address in hex>; its value is "<token> <address> <image> <node>"
+	keyCut        = "flocker_cut_"        // and <token>_<node>: the node gets the volume no more up to the token
 )
 
 // volume is a volume as Cinder shows it.
@@ -266,6 +268,51 @@ type volume struct {
 	ready      bool
 	tokens     map[string]holder // by server: the youngest; or by attachment
 	keys       []tokenKey
+	clients    []client
+	cuts       []tokenKey
+}
+
+// client is a client of the storage below Cinder, by which that is told to cut it off.
+type client struct {
+	holder
+
+	key, attachment string
+	address, image  string
+}
+
+func (c client) text() string { return fmt.Sprintf("%d %s %s %s", c.token, c.address, c.image, c.node) }
+
+// parseClient makes sense of a key. Whatever it says, there is a client.
+func parseClient(key, value string) client {
+	c := client{key: key}
+	c.attachment, _, _ = strings.Cut(strings.TrimPrefix(key, keyClient), "_")
+	if parts := strings.SplitN(value, " ", 4); len(parts) == 4 {
+		token, err := strconv.ParseInt(parts[0], 10, 64)
+		if err == nil {
+			c.token, c.address, c.image, c.node = token, parts[1], parts[2], parts[3]
+		}
+	}
+	return c
+}
+
+// of returns the clients of an attachment.
+func (v *volume) of(attachment string) (found []client) {
+	for _, c := range v.clients {
+		if c.attachment == attachment {
+			found = append(found, c)
+		}
+	}
+	return found
+}
+
+// cutOff is an error if a node was cut off from the volume under a token.
+func (v *volume) cutOff(node string, token int64) error {
+	for _, cut := range v.cuts {
+		if cut.node == node && cut.token >= token {
+			return fmt.Errorf("this host was cut off from volume %s under ownership token %d, and this one is %d: %w", v.id, cut.token, token, backends.ErrInUse)
+		}
+	}
+	return nil
 }
 
 type holder struct {
@@ -300,9 +347,18 @@ func (j volumeJSON) volume() *volume {
 		} else if rest, ok := strings.CutPrefix(key, keyAttachment); ok {
 			number, t.node, _ = strings.Cut(value, " ")
 			t.of = rest
+		} else if rest, ok := strings.CutPrefix(key, keyCut); ok {
+			number, t.node, _ = strings.Cut(rest, "_")
+		} else if strings.HasPrefix(key, keyClient) {
+			v.clients = append(v.clients, parseClient(key, value))
+			continue
 		}
 		var err error
 		if t.token, err = strconv.ParseInt(number, 10, 64); err != nil {
+			continue
+		}
+		if strings.HasPrefix(key, keyCut) {
+			v.cuts = append(v.cuts, t)
 			continue
 		}
 		v.keys = append(v.keys, t)

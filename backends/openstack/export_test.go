@@ -58,5 +58,7 @@ func Patient(b backends.Backend) {
 		b.pace = p
 	case *Connector:
 		b.pace = p
+	case *CephConnector:
+		b.pace = p
 	}
 }

@@ -160,21 +160,30 @@ func TestSettings(t *testing.T) {
 		t.Error(err)
 	}
 	for text, change := range map[string]func(*openstack.Config){
-		"attach is \"scsi\"; use nova or connector":          func(c *openstack.Config) { c.Attach = "scsi" },
-		"set one of cloud, username":                         func(c *openstack.Config) { c.Username = "" },
-		"set one of cloud, username,":                        func(c *openstack.Config) { c.Cloud = "x" },
-		"clouds_file without cloud":                          func(c *openstack.Config) { c.CloudsFile = "/x" },
-		"username needs password_file and user_domain":       func(c *openstack.Config) { c.UserDomain = "" },
-		"username needs project_id, or project_name":         func(c *openstack.Config) { c.ProjectID = "" },
-		"application_credential_secret_file":                 func(c *openstack.Config) { c.Username, c.ApplicationCredentialID = "", "x" },
-		"auth_url \"keystone:5000\" is no URL":               func(c *openstack.Config) { c.AuthURL = "keystone:5000" },
-		"cinder_url needs a URL like":                        func(c *openstack.Config) { c.Username, c.CinderURL = "", "cinder" },
-		"needs attach: connector":                            func(c *openstack.Config) { c.Username, c.CinderURL = "", "http://c:8776/v3" },
-		"interface is \"any\"; use public":                   func(c *openstack.Config) { c.Interface = "any" },
-		"server_id \"web-1\" is no UUID":                     func(c *openstack.Config) { c.ServerID = "web-1" },
-		"late_calls must not be negative":                    func(c *openstack.Config) { c.LateCalls = -1 },
-		"attach: connector needs shares":                     func(c *openstack.Config) { c.Attach = "connector" },
-		"shares are for attach: connector":                   func(c *openstack.Config) { c.Shares = map[string]string{"a:/b": "/c"} },
+		"attach is \"scsi\"; use nova or connector":      func(c *openstack.Config) { c.Attach = "scsi" },
+		"set one of cloud, username":                     func(c *openstack.Config) { c.Username = "" },
+		"set one of cloud, username,":                    func(c *openstack.Config) { c.Cloud = "x" },
+		"clouds_file without cloud":                      func(c *openstack.Config) { c.CloudsFile = "/x" },
+		"username needs password_file and user_domain":   func(c *openstack.Config) { c.UserDomain = "" },
+		"username needs project_id, or project_name":     func(c *openstack.Config) { c.ProjectID = "" },
+		"application_credential_secret_file":             func(c *openstack.Config) { c.Username, c.ApplicationCredentialID = "", "x" },
+		"auth_url \"keystone:5000\" is no URL":           func(c *openstack.Config) { c.AuthURL = "keystone:5000" },
+		"cinder_url needs a URL like":                    func(c *openstack.Config) { c.Username, c.CinderURL = "", "cinder" },
+		"needs attach: connector":                        func(c *openstack.Config) { c.Username, c.CinderURL = "", "http://c:8776/v3" },
+		"interface is \"any\"; use public":               func(c *openstack.Config) { c.Interface = "any" },
+		"server_id \"web-1\" is no UUID":                 func(c *openstack.Config) { c.ServerID = "web-1" },
+		"late_calls must not be negative":                func(c *openstack.Config) { c.LateCalls = -1 },
+		"attach: connector needs one of shares":          func(c *openstack.Config) { c.Attach = "connector" },
+		"shares and ceph_user are for attach: connector": func(c *openstack.Config) { c.Shares = map[string]string{"a:/b": "/c"} },
+		"ceph_attach and run_dir need ceph_user":         func(c *openstack.Config) { c.CephAttach = "fuse" },
+		"ceph_user needs ceph_conf or ceph_monitors":     func(c *openstack.Config) { c.Attach, c.CephUser = "connector", "flocker" },
+		"without \"client.\"":                            func(c *openstack.Config) { c.Attach, c.CephUser, c.CephConf = "connector", "client.x", "/c" },
+		"ceph_keyring_file \"k\" must be an absolute path": func(c *openstack.Config) {
+			c.Attach, c.CephUser, c.CephConf, c.CephKeyringFile = "connector", "x", "/c", "k"
+		},
+		"attach: \"iscsi\" is no way to attach an image": func(c *openstack.Config) {
+			c.Attach, c.CephUser, c.CephConf, c.CephAttach = "connector", "x", "/c", "iscsi"
+		},
 		"which is no absolute path":                          func(c *openstack.Config) { c.Attach, c.Shares = "connector", map[string]string{"a:/b": "c"} },
 		"keep_servers, allow_admin_fence and grow_attached ": func(c *openstack.Config) { c.Attach, c.KeepServers = "connector", true },
 	} {

@@ -20,18 +20,26 @@ type loops struct {
 	shares map[string]string // where a share is mounted here
 }
 
-// loop is a loop device with a volume's file.
-type loop struct {
-	path, file string
-	volume     string // its id, from the file's name
-	life       string // tells it from an earlier one of the same name
-}
-
 var idInName = regexp.MustCompile(`[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}`)
 
 // devices returns the loop devices whose file is on one of the shares, whoever has made
 // them.
-func (l loops) devices() ([]loop, error) {
+func (l loops) devices() ([]block, error) {
+	all, err := l.all()
+	var found []block
+	for _, d := range all {
+		found = append(found, d.block)
+	}
+	return found, err
+}
+
+// loop is a loop device with a volume's file.
+type loop struct {
+	block
+	file string
+}
+
+func (l loops) all() ([]loop, error) {
 	names, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
 	if err != nil {
 		return nil, err
@@ -77,7 +85,7 @@ func (l loops) mine(file string) bool {
 
 // find returns the loop device of a volume, if there is one.
 func (l loops) find(id string) (loop, bool, error) {
-	all, err := l.devices()
+	all, err := l.all()
 	i := slices.IndexFunc(all, func(d loop) bool { return d.volume == id })
 	if err != nil || i < 0 {
 		return loop{}, false, err
@@ -85,8 +93,13 @@ func (l loops) find(id string) (loop, bool, error) {
 	return all[i], true, nil
 }
 
-// connect makes a loop device of the file that Cinder names.
-func (l loops) connect(ctx context.Context, id string, info map[string]any) (loop, error) {
+func (l loops) connect(ctx context.Context, to connection) (block, error) {
+	d, err := l.attach(ctx, to.volume, to.info)
+	return d.block, err
+}
+
+// attach makes a loop device of the file that Cinder names.
+func (l loops) attach(ctx context.Context, id string, info map[string]any) (loop, error) {
 	file, err := l.file(id, info)
 	if err != nil {
 		return loop{}, err
@@ -149,30 +162,36 @@ func text(info map[string]any, key string) string {
 	return s
 }
 
+// lock implements storage: one process at a time makes loop devices of a host.
+func (l loops) lock(context.Context, string) (unlock func(), err error) { return func() {}, nil }
+
+// served implements storage.
+func (l loops) served(block) (bool, error) { return true, nil }
+
 // disconnect removes a volume's loop device. The kernel does it later if somebody has it
 // open, which is no detach.
-func (l loops) disconnect(ctx context.Context, id string, pace pace) error {
+func (l loops) disconnect(ctx context.Context, b block, pace pace) (clean bool, err error) {
 	for started, asked := time.Now(), false; ; {
 		late := time.Since(started) > pace.device
-		d, ok, err := l.find(id)
+		d, ok, err := l.find(b.volume)
 		if err != nil || !ok {
-			return err
+			return err == nil, err
 		}
 		if err := glanced(ctx, claimed, d.path); err != nil {
-			return err
+			return false, err
 		}
 		if !asked {
 			out, err := exec.CommandContext(ctx, "losetup", "--detach", d.path).CombinedOutput()
 			if err != nil && ctx.Err() == nil {
-				return fmt.Errorf("detach %s: %w (%s): %w", d.path, err, strings.TrimSpace(string(out)), backends.ErrUnavailable)
+				return false, fmt.Errorf("detach %s: %w (%s): %w", d.path, err, strings.TrimSpace(string(out)), backends.ErrUnavailable)
 			}
 			asked = true
 		}
 		if late {
-			return fmt.Errorf("%s still has its file: %w", d.path, backends.ErrInUse)
+			return false, fmt.Errorf("%s still has its file: %w", d.path, backends.ErrInUse)
 		}
 		if err := sleep(ctx, pace.first/5); err != nil {
-			return err
+			return false, err
 		}
 	}
 }

@@ -80,6 +80,19 @@ type Config struct {
 	// Shares says where on this host the NFS shares are mounted that Cinder names,
 	// for attach: connector.
 	Shares map[string]string `yaml:"shares"`
+
+	// CephUser is as whom the images of Ceph are attached that Cinder's volumes are, for
+	// attach: connector, without "client."; CephKeyringFile has its key. CephConf is a
+	// ceph.conf, CephMonitors are the monitors' addresses; one of them is needed.
+	CephUser        string   `yaml:"ceph_user"`
+	CephKeyringFile string   `yaml:"ceph_keyring_file"`
+	CephConf        string   `yaml:"ceph_conf"`
+	CephMonitors    []string `yaml:"ceph_monitors"`
+	// CephAttach is krbd, rbd-nbd or fuse; empty is the first that this host can do.
+	CephAttach string `yaml:"ceph_attach"`
+	// RunDir is for sockets and the like of what is attached. It must survive the plugin,
+	// and not the host; empty is /run/flocker/cinder.
+	RunDir string `yaml:"run_dir"`
 }
 
 // Profile is a kind of volume.
@@ -139,8 +152,15 @@ func New(cfg Config, self Self) (backends.Backend, error) {
 	}
 	cfg.LateCalls = cmp.Or(cfg.LateCalls, time.Minute)
 	c := &cinder{cfg: cfg, self: self, pace: usual, maker: uuid.NewString(), idle: map[string]time.Time{}, seen: seen{asked: -1, lives: map[string]known{}}}
+	if cfg.CephUser != "" {
+		b, err := newCeph(c)
+		if err != nil {
+			return nil, fmt.Errorf("openstack: %w", err)
+		}
+		return b, nil
+	}
 	if cfg.Attach == "connector" {
-		return &Connector{cinder: c, loops: loops{shares: cfg.Shares}}, nil
+		return &Connector{cinder: c, storage: loops{shares: cfg.Shares}}, nil
 	}
 	return &Nova{
 		cinder: c, kernel: kernel{sysfs: "/sys", dev: "/dev", claimed: claimed, node: deviceNumber}, guest: thisGuest,
@@ -184,10 +204,21 @@ func (c Config) check(self Self) error {
 		return wrong("late_calls must not be negative")
 	case c.Attach == "connector" && (c.ServerID != "" || c.KeepServers || c.AllowAdminFence || c.GrowAttached):
 		return wrong("server_id, keep_servers, allow_admin_fence and grow_attached are for attach: nova")
-	case c.Attach == "connector" && len(c.Shares) == 0:
-		return wrong("attach: connector needs shares, which say where the NFS shares of Cinder are mounted here")
-	case c.Attach != "connector" && len(c.Shares) > 0:
-		return wrong("shares are for attach: connector")
+	case c.Attach == "connector" && (len(c.Shares) == 0) == (c.CephUser == ""):
+		return wrong("attach: connector needs one of shares, which say where the NFS shares of Cinder are mounted here, and ceph_user")
+	case c.Attach != "connector" && (len(c.Shares) > 0 || c.CephUser != ""):
+		return wrong("shares and ceph_user are for attach: connector")
+	case c.CephUser == "" && (c.CephKeyringFile != "" || c.CephConf != "" || len(c.CephMonitors) > 0 || c.CephAttach != "" || c.RunDir != ""):
+		return wrong("ceph_keyring_file, ceph_conf, ceph_monitors, ceph_attach and run_dir need ceph_user")
+	case c.CephUser != "" && c.CephConf == "" && len(c.CephMonitors) == 0:
+		return wrong("ceph_user needs ceph_conf or ceph_monitors: the path of a ceph.conf, or the monitors' addresses")
+	case strings.HasPrefix(c.CephUser, "client."):
+		return wrong("ceph_user %q: write the client's name without \"client.\"", c.CephUser)
+	}
+	for key, path := range map[string]string{"ceph_conf": c.CephConf, "ceph_keyring_file": c.CephKeyringFile} {
+		if path != "" && !filepath.IsAbs(path) {
+			return wrong("%s %q must be an absolute path", key, path)
+		}
 	}
 	for share, dir := range c.Shares {
 		if !filepath.IsAbs(dir) {

@@ -275,6 +275,9 @@ func (s *Server) attachment(c call) (any, int, *refusal) {
 			return nil, 0, refuse(http.StatusBadRequest, "Invalid input received: Connector has no host")
 		}
 		a.info = map[string]any{"driver_volume_type": "nfs", "export": s.cfg.Share, "name": "volume-" + v.id, "format": "raw", "options": nil, "attachment_id": a.id}
+		if s.cfg.RBD != "" {
+			a.info = map[string]any{"driver_volume_type": "rbd", "name": s.cfg.RBD + "/volume-" + v.id, "access_mode": "rw", "attachment_id": a.id}
+		}
 		if s.info != nil {
 			a.info = s.info
 		}

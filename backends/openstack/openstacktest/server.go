@@ -33,6 +33,8 @@ type Config struct {
 	Disks int
 	// Share is the NFS share that volumes are on.
 	Share string
+	// RBD is the pool of Ceph that volumes are in, if they are not on Share.
+	RBD string
 }
 
 // What is known to the server.
@@ -204,6 +206,23 @@ func (s *Server) Snapshots(volume string, n int) { s.volumes[volume].snapshots =
 func (s *Server) Reserve(volume string) {
 	a := &attachment{id: s.id(), volume: volume, status: "reserved"}
 	s.atts[a.id], s.volumes[volume].status = a, "reserved"
+}
+
+// Detach deletes a volume's attachments, as an administrator who knows better.
+func (s *Server) Detach(volume string) {
+	for _, a := range s.attachments(volume) {
+		delete(s.atts, a.id)
+	}
+	s.volumes[volume].status = "available"
+}
+
+// Note sets a key of a volume's metadata; empty removes it.
+func (s *Server) Note(volume, key, value string) {
+	all := maps.Clone(s.volumes[volume].metadata)
+	if all[key] = value; value == "" {
+		delete(all, key)
+	}
+	s.volumes[volume].metadata = all
 }
 
 // Remove removes a volume, whatever uses it.
