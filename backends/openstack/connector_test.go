@@ -171,6 +171,41 @@ func TestConnectorUnanswered(t *testing.T) {
 	}
 }
 
+// The kernel forgets a part of the path of a file that was opened in a mount namespace
+// which has ended, as that of a managed plugin has when it starts anew. Not parallel: the
+// imitations' volumes have the same ids.
+func TestConnectorRestarted(t *testing.T) {
+	backendtest.NeedRoot(t)
+	c := newBare(t, 0)
+	_, _, vol, att := attached(t, c)
+	if out, err := exec.Command("losetup", "-d", att.Device).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	out, err := exec.Command("unshare", "-m", "sh", "-e", "-c", `mount --bind "$1" "$1"; losetup --find --show "$1/$2"`,
+		"sh", c.mount("node-a"), "volume-"+vol.Ref).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	att.Device = strings.TrimSpace(string(out))
+	if shown := readFile("/sys/block/" + filepath.Base(att.Device) + "/loop/backing_file"); strings.HasPrefix(shown, c.mount("node-a")) {
+		t.Fatalf("the kernel still shows the whole path, %s", shown)
+	}
+	a := c.node(vol.Cluster, "node-a")
+	if atts, err := a.Attachments(t.Context()); err != nil || len(atts) != 1 || atts[0] != att {
+		t.Errorf("got %v, %v; want %v", atts, err, att)
+	}
+	again, err := a.Attach(t.Context(), backends.AttachRequest{Ref: vol.Ref, Volume: vol.ID, Token: 10})
+	if err != nil || again != att {
+		t.Errorf("got %v, %v; want %v", again, err, att)
+	}
+	if err := a.Detach(t.Context(), att); err != nil {
+		t.Error(err)
+	}
+	if atts, err := a.Attachments(t.Context()); err != nil || len(atts) != 0 {
+		t.Errorf("got %v, %v", atts, err)
+	}
+}
+
 // An attachment that somebody has reserved and not used is in nobody's way for ever.
 func TestConnectorLeftReserved(t *testing.T) {
 	t.Parallel()

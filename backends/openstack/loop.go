@@ -53,9 +53,9 @@ func (l loops) all() ([]loop, error) {
 		if err != nil {
 			return nil, fmt.Errorf("find loop devices: %w", err)
 		}
-		d := loop{file: strings.TrimSuffix(strings.TrimSuffix(string(text), "\n"), " (deleted)")}
-		d.volume = idInName.FindString(filepath.Base(d.file))
-		if d.volume == "" || !l.mine(d.file) {
+		var d loop
+		d.file = l.mine(strings.TrimSuffix(strings.TrimSuffix(string(text), "\n"), " (deleted)"))
+		if d.volume = idInName.FindString(filepath.Base(d.file)); d.volume == "" {
 			continue
 		}
 		info, err := os.Stat(filepath.Dir(name)) // made anew with each file
@@ -73,14 +73,18 @@ func (l loops) all() ([]loop, error) {
 	return found, nil
 }
 
-// mine says that a file is on one of the shares.
-func (l loops) mine(file string) bool {
+// mine returns the path of a file that is on one of the shares, and "" for others. Once
+// the mount namespace has ended in which the device was made, as with a container, the kernel shows
+// only the end of what the path was in it.
+func (l loops) mine(shown string) string {
 	for _, dir := range l.shares {
-		if at, err := filepath.EvalSymlinks(dir); err == nil && filepath.Dir(file) == at {
-			return true
+		if at, err := filepath.EvalSymlinks(dir); err == nil {
+			if file := filepath.Join(at, filepath.Base(shown)); strings.HasPrefix(shown, "/") && strings.HasSuffix(file, shown) {
+				return file
+			}
 		}
 	}
-	return false
+	return ""
 }
 
 // find returns the loop device of a volume, if there is one.
