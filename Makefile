@@ -157,14 +157,14 @@ test-ceph-hosts: deps build ## Docker hosts with volumes in a real Ceph cluster:
 	REQUIRE=root,docker,ceph $(GO) test -race -tags e2e -count 1 -v -timeout 60m -run TestCeph ./e2e
 
 # What runs a virtual machine. Its kernel is unpacked, and not installed.
-VM     := dpkg kmod qemu-system-x86
+VM     := dpkg iproute2 kmod qemu-system-x86 rbd-nbd udev $(CEPH)
 KERNEL := $(CACHE)/kernel-$(DEBIAN)
 
 .PHONY: test-vm
-test-vm: ## backends in virtual machines, with a kernel of their own and disks that come and go (minutes); RUN=TestName
+test-vm: ## backends in virtual machines: disks that come and go, the kernel's own drivers for Ceph (as root, a quarter of an hour); RUN=TestName
 	$(MAKE) --no-print-directory deps PACKAGES='$(VM)'
 	$(MAKE) --no-print-directory kernel
-	CGO_ENABLED=0 VM_KERNEL=$(KERNEL) REQUIRE=vm $(GO) test -count 1 -v -timeout 30m $(if $(RUN),-run '$(RUN)') ./e2e/vm
+	CGO_ENABLED=0 VM_KERNEL=$(KERNEL) REQUIRE=vm,root,ceph $(GO) test -count 1 -v -timeout 50m $(if $(RUN),-run '$(RUN)') ./e2e/vm
 
 .PHONY: kernel
 kernel:

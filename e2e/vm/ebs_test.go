@@ -84,7 +84,7 @@ func (c *cloud) plugin() {
 	_, err := ask[None](c.machine, "EBS", EBSOrder{
 		Config: ebs.Config{
 			Region: region, Zone: zone, InstanceID: c.instance,
-			Endpoint: strings.Replace(c.URL, "127.0.0.1", hostAddress, 1),
+			Endpoint: strings.Replace(c.URL, "127.0.0.1", "10.0.2.2", 1),
 		},
 		Self: ebs.Self{Node: "a", Cluster: c.cluster}, Env: credentials,
 	})
@@ -237,11 +237,6 @@ func (c *cloud) mustAttach(v volume, token int64) backends.Attachment {
 	return c.attached(a, v, token)
 }
 
-func (c *cloud) detach(att backends.Attachment) error {
-	_, err := ask[None](c.machine, "Detach", att)
-	return err
-}
-
 // mustDetach demands that nothing is left.
 func (c *cloud) mustDetach(att backends.Attachment, v volume) {
 	c.Helper()
@@ -254,78 +249,6 @@ func (c *cloud) mustDetach(att backends.Attachment, v volume) {
 	c.attachments()
 	if names, err := ask[[]string](c.machine, "List", "/dev"); err != nil || slices.Contains(names, filepath.Base(att.Device)) {
 		c.Errorf("%s is there still: %v", att.Device, err)
-	}
-}
-
-// attachments demands that they are what the machine has.
-func (c *cloud) attachments(want ...backends.Attachment) {
-	c.Helper()
-	atts, err := ask[[]backends.Attachment](c.machine, "Attachments", None{})
-	byVolume := func(a, b backends.Attachment) int { return strings.Compare(a.Volume, b.Volume) }
-	slices.SortFunc(atts, byVolume)
-	slices.SortFunc(want, byVolume)
-	if err != nil || !slices.Equal(atts, want) {
-		c.Errorf("attachments are %+v, %v; want %+v", atts, err, want)
-	}
-}
-
-// write writes what only this volume has, in the machine.
-func (c *cloud) write(device string, v volume) {
-	c.Helper()
-	for _, at := range parts(v) {
-		if _, err := ask[None](c.machine, "Write", Data{device, at, pattern(v)}); err != nil {
-			c.Fatal(err)
-		}
-	}
-}
-
-// reads demands that it is there, in the machine.
-func (c *cloud) reads(device string, v volume) {
-	c.Helper()
-	for _, at := range parts(v) {
-		if got, err := ask[[]byte](c.machine, "Read", Data{device, at, pattern(v)}); err != nil || !bytes.Equal(got, pattern(v)) {
-			c.Errorf("%s at %d: other data than was written: %v", device, at, err)
-		}
-	}
-}
-
-// has demands that it is in the file, where the next owner reads it.
-func (c *cloud) has(v volume) {
-	c.Helper()
-	for _, at := range parts(v) {
-		if got := c.readFile(v, at, len(pattern(v))); !bytes.Equal(got, pattern(v)) {
-			c.Errorf("%s at %d: other data than was written", v.id, at)
-		}
-	}
-}
-
-func (c *cloud) readFile(v volume, at int64, n int) []byte {
-	c.Helper()
-	f, err := os.Open(c.file(v.id))
-	if err != nil {
-		c.Fatal(err)
-	}
-	defer f.Close()
-	data := make([]byte, n)
-	if _, err := f.ReadAt(data, at); err != nil {
-		c.Fatal(err)
-	}
-	return data
-}
-
-func pattern(v volume) []byte {
-	return bytes.Repeat([]byte(v.ID+"\n...........................\n"), 1024)
-}
-
-func parts(v volume) []int64 { return []int64{0, v.Size/2 + 512, v.Size - int64(len(pattern(v)))} }
-
-// wantSaid demands an error of the machine that says what to do.
-func wantSaid(t *testing.T, err error, texts ...string) {
-	t.Helper()
-	for _, text := range texts {
-		if err == nil || !strings.Contains(err.Error(), text) {
-			t.Errorf("got %v, want it to say %q", err, text)
-		}
 	}
 }
 
@@ -362,8 +285,8 @@ func testFound(c *cloud) {
 			c.Errorf("%s is %q, %v; want %q", file, got, err, want)
 		}
 	}
-	c.write(att.Device, v)
-	c.has(v)
+	c.write(att.Device, v.Volume)
+	inFile(c.T, c.file(v.id), v.Volume)
 	c.plugin()
 	c.attachments(att)
 	again, err := ask[backends.Attachment](c.machine, "Attach", backends.AttachRequest{Ref: v.Ref, Volume: v.ID, Token: 10})
@@ -371,17 +294,17 @@ func testFound(c *cloud) {
 		c.Errorf("attached again: %+v, %v; want %+v", again, err, att)
 	}
 	c.mustDetach(att, v)
-	c.has(v)
+	inFile(c.T, c.file(v.id), v.Volume)
 	// Another volume gets the device's name, and none of its data.
 	other := c.create()
 	att = c.mustAttach(other, 11)
 	c.attachments(att)
-	c.write(att.Device, other)
+	c.write(att.Device, other.Volume)
 	c.mustDetach(att, other)
-	c.has(v)
-	c.has(other)
+	inFile(c.T, c.file(v.id), v.Volume)
+	inFile(c.T, c.file(other.id), other.Volume)
 	att = c.mustAttach(v, 12)
-	c.reads(att.Device, v)
+	c.reads(att.Device, v.Volume)
 	c.mustDetach(att, v)
 }
 
@@ -449,21 +372,20 @@ func testNotFound(c *cloud) {
 func testOpen(c *cloud) {
 	v := c.create()
 	att := c.mustAttach(v, 10)
-	file, err := ask[int](c.machine, "Open", att.Device)
-	if err != nil {
-		c.Fatal(err)
+	for mounted, says := range map[bool]string{
+		false: "process 1 has " + att.Device + " open: in use", true: att.Device + " is mounted or open: in use",
+	} {
+		file := must[int](c.machine, "Open", Opening{att.Device, mounted})
+		wantSaid(c.T, c.detach(att), "detach volume "+v.ID+": "+says)
+		if on, state := c.Attached(v.id); on != c.instance || state != "attached" {
+			c.Errorf("EC2 has it attached to %q (%s)", on, state)
+		}
+		must[None](c.machine, "Close", file)
 	}
-	wantSaid(c.T, c.detach(att), "detach volume "+v.ID+": process 1 has "+att.Device+" open: in use")
-	if on, state := c.Attached(v.id); on != c.instance || state != "attached" {
-		c.Errorf("EC2 has it attached to %q (%s)", on, state)
-	}
-	c.write(att.Device, v)
 	c.attachments(att)
-	if _, err := ask[None](c.machine, "Close", file); err != nil {
-		c.Fatal(err)
-	}
+	c.write(att.Device, v.Volume)
 	c.mustDetach(att, v)
-	c.has(v)
+	inFile(c.T, c.file(v.id), v.Volume)
 }
 
 // testTwo: two disks come at the same moment, in the other order than they were asked for.
@@ -476,15 +398,15 @@ func testTwo(c *cloud) {
 	c.insert(nil, w, v)
 	av, aw := c.attached(a, v, 10), c.attached(b, w, 20)
 	c.attachments(av, aw)
-	c.write(av.Device, v)
-	c.write(aw.Device, w)
-	c.has(v)
-	c.has(w)
+	c.write(av.Device, v.Volume)
+	c.write(aw.Device, w.Volume)
+	inFile(c.T, c.file(v.id), v.Volume)
+	inFile(c.T, c.file(w.id), w.Volume)
 	if err := c.detach(av); err != nil {
 		c.Error(err)
 	}
 	c.attachments(aw)
-	c.reads(aw.Device, w)
+	c.reads(aw.Device, w.Volume)
 	c.mustDetach(aw, w)
 }
 
@@ -495,11 +417,9 @@ func testBehindOurBack(c *cloud) {
 	for i, open := range []bool{false, true} {
 		token := int64(10 + 10*i)
 		att := c.mustAttach(v, token)
-		c.write(att.Device, v)
+		c.write(att.Device, v.Volume)
 		if open {
-			if _, err := ask[int](c.machine, "Open", att.Device); err != nil {
-				c.Fatal(err)
-			}
+			must[int](c.machine, "Open", Opening{Path: att.Device})
 		}
 		if err := c.Change("DetachVolume", map[string]string{"VolumeId": v.id}); err != nil {
 			c.Fatal(err)
@@ -510,17 +430,8 @@ func testBehindOurBack(c *cloud) {
 			c.Errorf("what is gone is detached: %v", err)
 		}
 		att = c.mustAttach(v, token+1)
-		c.reads(att.Device, v)
+		c.reads(att.Device, v.Volume)
 		c.mustDetach(att, v)
-	}
-}
-
-func (c *cloud) until(what string, so func() bool) {
-	c.Helper()
-	for began := time.Now(); !so(); time.Sleep(20 * time.Millisecond) {
-		if time.Since(began) > callLimit {
-			c.Fatalf("not within %s: %s", callLimit, what)
-		}
 	}
 }
 
@@ -529,27 +440,12 @@ func (c *cloud) until(what string, so func() bool) {
 func testFencedWriter(c *cloud) {
 	v := c.create()
 	att := c.mustAttach(v, 10)
-	failed := make(chan string, 1)
-	go func() {
-		text, err := ask[string](c.machine, "Hammer", att.Device)
-		if err != nil {
-			text = "no writer: " + err.Error()
-		}
-		failed <- text
-	}()
-	acknowledged := func() int64 {
-		n, err := ask[int64](c.machine, "Acknowledged", None{})
-		if err != nil {
-			c.Error(err)
-		}
-		return n
-	}
-	c.until("20 records are acknowledged", func() bool { return acknowledged() >= 20 })
+	failed := c.hammer(att.Device)
 	evidence, err := c.elsewhere.Fence(c.Context(), backends.FenceRequest{Ref: v.Ref, Volume: v.ID, Node: "a", Identity: c.instance, Token: 10})
 	if want := c.instance + " has let go of " + v.id + ", which EC2 shows detached"; err != nil || evidence != want {
 		c.Fatalf("got %q, %v; want %q", evidence, err, want)
 	}
-	taken := c.readFile(v, 0, records*record)
+	taken := readAt(c.T, c.file(v.id), 0, records*record)
 	select {
 	case text := <-failed:
 		// A device that is gone has no size, which the kernel may notice first.
@@ -559,14 +455,10 @@ func testFencedWriter(c *cloud) {
 	case <-time.After(callLimit):
 		c.Fatal("the writer goes on, or hangs")
 	}
-	last := acknowledged()
+	last := c.acknowledged()
 	c.Logf("%d records were acknowledged", last)
-	for n := max(1, last-records+2); n <= last; n++ {
-		if at := n % records * record; !bytes.Equal(taken[at:at+record], numbered(n)) {
-			c.Errorf("record %d of %d is missing", n, last)
-		}
-	}
-	if later := c.readFile(v, 0, records*record); !bytes.Equal(taken, later) {
+	kept(c.T, taken, last)
+	if later := readAt(c.T, c.file(v.id), 0, records*record); !bytes.Equal(taken, later) {
 		c.Error("something was written after the fence")
 	}
 	c.attachments()

@@ -5,10 +5,12 @@ import (
 	"context"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/rpc"
 	"os"
+	"os/exec"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -18,22 +20,21 @@ import (
 
 	"github.com/flocker-plugin/flocker/backends"
 	"github.com/flocker-plugin/flocker/backends/ebs"
+	"github.com/flocker-plugin/flocker/backends/rbd"
 )
 
 // order is what a guest is told when it starts.
 type order struct {
 	// Modules of the kernel are to be loaded in this order.
 	Modules []string
-	// Port is where the test listens for it.
-	Port int
+	// Host is where the test listens for it, at Port; Guest is its own address.
+	Host, Guest string
+	Port        int
+	// Root says that it is shown the host's files.
+	Root bool
 }
 
-const (
-	orderFile = "/order"
-	// hostAddress is that of the test's own host, and guestAddress the guest's, in qemu's
-	// network.
-	hostAddress, guestAddress = "10.0.2.2", "10.0.2.15"
-)
+const orderFile = "/order"
 
 // beGuest is what this program does as the first process of a machine.
 func beGuest() {
@@ -63,12 +64,17 @@ func serveTest() error {
 			return err
 		}
 	}
-	for name, address := range map[string]string{"lo": "127.0.0.1", "eth0": guestAddress} {
+	for name, address := range map[string]string{"lo": "127.0.0.1", "eth0": o.Guest} {
 		if err := up(name, address); err != nil {
 			return fmt.Errorf("interface %s: %w", name, err)
 		}
 	}
-	conn, err := net.DialTimeout("tcp", fmt.Sprintf("%s:%d", hostAddress, o.Port), time.Minute)
+	if o.Root {
+		if err := enterRoot(); err != nil {
+			return fmt.Errorf("the host's files: %w", err)
+		}
+	}
+	conn, err := net.DialTimeout("tcp", fmt.Sprintf("%s:%d", o.Host, o.Port), time.Minute)
 	if err != nil {
 		return err
 	}
@@ -77,6 +83,30 @@ func serveTest() error {
 		return err
 	}
 	server.ServeConn(conn)
+	return nil
+}
+
+// enterRoot makes the host's files those of the machine, but for what has to be its own.
+func enterRoot() error {
+	const root = "/host"
+	if err := syscall.Mount("root", root, "9p", syscall.MS_RDONLY, "trans=virtio,version=9p2000.L,msize=262144,cache=loose"); err != nil {
+		return err
+	}
+	for _, dir := range []string{"/dev", "/proc", "/sys", "/tmp"} {
+		if err := syscall.Mount(dir, root+dir, "", syscall.MS_MOVE, ""); err != nil {
+			return fmt.Errorf("%s: %w", dir, err)
+		}
+	}
+	if err := syscall.Mount("run", root+"/run", "tmpfs", 0, ""); err != nil {
+		return err
+	}
+	if err := errors.Join(syscall.Chroot(root), os.Chdir("/"), os.Setenv("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")); err != nil {
+		return err
+	}
+	// Ceph's programs wait for udev's word of a new device.
+	if out, err := exec.Command("/lib/systemd/systemd-udevd", "--daemon").CombinedOutput(); err != nil {
+		return fmt.Errorf("systemd-udevd: %w: %s", err, out)
+	}
 	return nil
 }
 
@@ -150,6 +180,23 @@ func (g *Guest) EBS(o EBSOrder, _ *None) (err error) {
 	return err
 }
 
+// RBDOrder is what a backend is made from.
+type RBDOrder struct {
+	Config rbd.Config
+	Self   rbd.Self
+	// Keyring is what is in Config's keyring file.
+	Keyring string
+}
+
+// RBD starts the plugin's part that is tested, or starts it anew.
+func (g *Guest) RBD(o RBDOrder, _ *None) (err error) {
+	if err := os.WriteFile(o.Config.KeyringFile, []byte(o.Keyring), 0o600); err != nil {
+		return err
+	}
+	g.backend, err = rbd.New(o.Config, o.Self)
+	return err
+}
+
 // Attach is the backend's.
 func (g *Guest) Attach(req backends.AttachRequest, att *backends.Attachment) (err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), callLimit)
@@ -173,9 +220,19 @@ func (g *Guest) Attachments(_ None, atts *[]backends.Attachment) (err error) {
 	return err
 }
 
+// Opening is how to open a device; Mounted as the kernel does for a mount.
+type Opening struct {
+	Path    string
+	Mounted bool
+}
+
 // Open opens a device, and keeps it open.
-func (g *Guest) Open(path string, file *int) error {
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
+func (g *Guest) Open(o Opening, file *int) error {
+	flags := os.O_RDWR
+	if o.Mounted {
+		flags |= syscall.O_EXCL
+	}
+	f, err := os.OpenFile(o.Path, flags, 0)
 	if err != nil {
 		return err
 	}
@@ -257,7 +314,6 @@ func (g *Guest) Hammer(path string, failed *string) error {
 		return err
 	}
 	defer f.Close()
-	g.acknowledged.Store(0)
 	for n := int64(1); ; n++ {
 		if _, err = f.WriteAt(numbered(n), n%records*record); err == nil {
 			err = f.Sync()
@@ -273,6 +329,12 @@ func (g *Guest) Hammer(path string, failed *string) error {
 // Acknowledged is the number of Hammer's last record that was.
 func (g *Guest) Acknowledged(_ None, n *int64) error {
 	*n = g.acknowledged.Load()
+	return nil
+}
+
+// Forget makes that number 0.
+func (g *Guest) Forget(None, *None) error {
+	g.acknowledged.Store(0)
 	return nil
 }
 

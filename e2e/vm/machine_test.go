@@ -23,10 +23,12 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/flocker-plugin/flocker/backends"
 )
 
 func TestMain(m *testing.M) {
-	if os.Getpid() == 1 {
+	if _, err := os.Stat(orderFile); err == nil && os.Getpid() == 1 {
 		beGuest()
 	}
 	os.Exit(m.Run())
@@ -38,10 +40,13 @@ type config struct {
 	modules []string
 	// slots for disks.
 	slots int
-	// args are more arguments for qemu.
-	args []string
-	// order is more of what the guest is told.
-	order order
+	// tap is the interface of this host that the machine is connected to, instead of a network
+	// of its own.
+	tap string
+	// host and guest are their addresses.
+	host, guest string
+	// root shows the machine this host's files, which it cannot change.
+	root bool
 }
 
 // machine is a virtual machine that runs.
@@ -53,10 +58,10 @@ type machine struct {
 }
 
 const (
-	memory = 512 << 20
+	memory = 1 << 30
 	// Emulated, a machine takes some seconds for what a real one does at once, and more if
 	// others use the processors.
-	bootLimit, callLimit, qmpLimit = 3 * time.Minute, 3 * time.Minute, time.Minute
+	bootLimit, callLimit, qmpLimit = 5 * time.Minute, 5 * time.Minute, time.Minute
 )
 
 // needVM skips a test where there is no kernel for a machine, or fails it if REQUIRE has vm.
@@ -79,13 +84,19 @@ func boot(t *testing.T, cfg config) *machine {
 	t.Helper()
 	kernel := needVM(t)
 	dir := t.TempDir()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if cfg.tap == "" {
+		cfg.host, cfg.guest = "10.0.2.2", "10.0.2.15" // qemu's own network
+	}
+	listener, err := net.Listen("tcp", map[bool]string{true: "127.0.0.1", false: cfg.host}[cfg.tap == ""]+":0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = listener.Close() })
-	cfg.order.Port = listener.Addr().(*net.TCPAddr).Port
-	if err := writeInitramfs(dir+"/initramfs", kernel, cfg); err != nil {
+	o := order{Host: cfg.host, Guest: cfg.guest, Port: listener.Addr().(*net.TCPAddr).Port, Root: cfg.root}
+	if cfg.root {
+		cfg.modules = append(cfg.modules, "9p", "9pnet_virtio")
+	}
+	if err := writeInitramfs(dir+"/initramfs", kernel, cfg.modules, o); err != nil {
 		t.Fatal(err)
 	}
 	images, err := filepath.Glob(kernel + "/boot/vmlinuz-*")
@@ -133,10 +144,17 @@ func start(t *testing.T, accelerator, dir, kernel string, cfg config, listener *
 		"-kernel", kernel, "-initrd", dir + "/initramfs", "-append", "console=ttyS0 quiet panic=-1",
 		"-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile=",
 	}
+	if cfg.tap != "" {
+		args[slices.Index(args, "user,id=net")] = "tap,id=net,script=no,downscript=no,ifname=" + cfg.tap
+	}
+	if cfg.root {
+		args = append(args, "-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap",
+			"-device", "virtio-9p-pci,fsdev=root,mount_tag=root")
+	}
 	for i := range cfg.slots {
 		args = append(args, "-device", fmt.Sprintf("pcie-root-port,id=slot%d,chassis=%[1]d,slot=%[1]d", i+1))
 	}
-	cmd := exec.Command("qemu-system-x86_64", append(args, cfg.args...)...)
+	cmd := exec.Command("qemu-system-x86_64", args...)
 	cmd.ExtraFiles = []*os.File{theirs}
 	var errs bytes.Buffer
 	cmd.Stderr = &errs
@@ -206,8 +224,136 @@ func ask[R any](m *machine, method string, args any) (R, error) {
 	}
 }
 
+// must is ask where the machine has to do it.
+func must[R any](m *machine, method string, args any) R {
+	m.t.Helper()
+	reply, err := ask[R](m, method, args)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	return reply
+}
+
+func (m *machine) detach(att backends.Attachment) error {
+	_, err := ask[None](m, "Detach", att)
+	return err
+}
+
+// attachments demands that they are what the machine has.
+func (m *machine) attachments(want ...backends.Attachment) {
+	m.t.Helper()
+	atts := must[[]backends.Attachment](m, "Attachments", None{})
+	byVolume := func(a, b backends.Attachment) int { return strings.Compare(a.Volume, b.Volume) }
+	slices.SortFunc(atts, byVolume)
+	slices.SortFunc(want, byVolume)
+	if !slices.Equal(atts, want) {
+		m.t.Errorf("attachments are %+v; want %+v", atts, want)
+	}
+}
+
+// write writes what only this volume has.
+func (m *machine) write(device string, v backends.Volume) {
+	m.t.Helper()
+	for _, at := range parts(v) {
+		must[None](m, "Write", Data{device, at, pattern(v)})
+	}
+}
+
+// reads demands that it is there.
+func (m *machine) reads(device string, v backends.Volume) {
+	m.t.Helper()
+	for _, at := range parts(v) {
+		if got := must[[]byte](m, "Read", Data{device, at, pattern(v)}); !bytes.Equal(got, pattern(v)) {
+			m.t.Errorf("%s at %d: other data than was written", device, at)
+		}
+	}
+}
+
+// inFile demands that it is in a file or device of this host.
+func inFile(t *testing.T, path string, v backends.Volume) {
+	t.Helper()
+	for _, at := range parts(v) {
+		if !bytes.Equal(readAt(t, path, at, len(pattern(v))), pattern(v)) {
+			t.Errorf("%s at %d: other data than was written", path, at)
+		}
+	}
+}
+
+func readAt(t *testing.T, path string, at int64, n int) []byte {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	data := make([]byte, n)
+	if _, err := f.ReadAt(data, at); err != nil {
+		t.Fatal(err)
+	}
+	return data
+}
+
+func pattern(v backends.Volume) []byte {
+	return bytes.Repeat([]byte(v.ID+"\n...........................\n"), 1024)
+}
+
+func parts(v backends.Volume) []int64 {
+	return []int64{0, v.Size/2 + 512, v.Size - int64(len(pattern(v)))}
+}
+
+// hammer has the machine write to a device until it fails, and says with what.
+func (m *machine) hammer(device string) (failed chan string) {
+	m.t.Helper()
+	failed = make(chan string, 1)
+	must[None](m, "Forget", None{})
+	go func() {
+		call := <-m.guest.Go("Guest.Hammer", device, new(string), make(chan *rpc.Call, 1)).Done
+		if text := *call.Reply.(*string); call.Error == nil {
+			failed <- text
+		} else {
+			failed <- "no writer: " + call.Error.Error()
+		}
+	}()
+	m.until("20 records are acknowledged", func() bool { return m.acknowledged() >= 20 })
+	return failed
+}
+
+func (m *machine) acknowledged() int64 {
+	m.t.Helper()
+	return must[int64](m, "Acknowledged", None{})
+}
+
+// kept demands all records that were acknowledged of what hammer has written.
+func kept(t *testing.T, data []byte, last int64) {
+	t.Helper()
+	for n := max(1, last-records+2); n <= last; n++ {
+		if at := n % records * record; !bytes.Equal(data[at:at+record], numbered(n)) {
+			t.Errorf("record %d of %d is missing", n, last)
+		}
+	}
+}
+
+func (m *machine) until(what string, so func() bool) {
+	m.t.Helper()
+	for began := time.Now(); !so(); time.Sleep(20 * time.Millisecond) {
+		if time.Since(began) > callLimit {
+			m.t.Fatalf("not within %s: %s", callLimit, what)
+		}
+	}
+}
+
+// wantSaid demands an error that says what to do.
+func wantSaid(t *testing.T, err error, texts ...string) {
+	t.Helper()
+	for _, text := range texts {
+		if err == nil || !strings.Contains(err.Error(), text) {
+			t.Errorf("got %v, want it to say %q", err, text)
+		}
+	}
+}
+
 // writeInitramfs makes the first file system of a machine: this program, and modules.
-func writeInitramfs(path, kernel string, cfg config) error {
+func writeInitramfs(path, kernel string, modules []string, o order) error {
 	self, err := os.Executable()
 	if err != nil {
 		return err
@@ -230,7 +376,7 @@ func writeInitramfs(path, kernel string, cfg config) error {
 	}
 	defer f.Close()
 	archive := &cpio{Writer: f}
-	for _, name := range append([]string{"virtio_pci", "virtio_net", "af_packet"}, cfg.modules...) {
+	for _, name := range append([]string{"virtio_pci", "virtio_net", "af_packet"}, modules...) {
 		out, err := exec.Command("modprobe", "-d", kernel, "-S", filepath.Base(versions[0]), "--show-depends", name).CombinedOutput()
 		if err != nil {
 			return fmt.Errorf("module %s: %w: %s", name, err, out)
@@ -238,18 +384,18 @@ func writeInitramfs(path, kernel string, cfg config) error {
 		for line := range strings.Lines(string(out)) {
 			file, ok := strings.CutPrefix(strings.TrimSpace(line), "insmod ")
 			module := "/" + filepath.Base(file)
-			if !ok || slices.Contains(cfg.order.Modules, module) {
+			if !ok || slices.Contains(o.Modules, module) {
 				continue
 			}
-			cfg.order.Modules = append(cfg.order.Modules, module)
+			o.Modules = append(o.Modules, module)
 			archive.add(module, file, 0o100600)
 		}
 	}
-	told, err := json.Marshal(cfg.order)
+	told, err := json.Marshal(o)
 	if err != nil {
 		return err
 	}
-	for _, dir := range []string{"/dev", "/proc", "/sys", "/tmp"} {
+	for _, dir := range []string{"/dev", "/proc", "/sys", "/tmp", "/host"} {
 		archive.entry(dir, 0o040755, nil)
 	}
 	archive.entry(orderFile, 0o100600, told)
