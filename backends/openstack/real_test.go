@@ -90,8 +90,23 @@ func (s *stack) run(env []string, name string, args ...string) {
 
 func tail(text []byte) []byte { return text[max(0, len(text)-4000):] }
 
+// daemon is a process of the stack's, with its group.
+type daemon struct {
+	pid  int
+	stop func()
+}
+
+// pause stops the process for a while, or lets it go on.
+func (d daemon) pause(paused bool) {
+	signal := syscall.SIGCONT
+	if paused {
+		signal = syscall.SIGSTOP
+	}
+	_ = syscall.Kill(-d.pid, signal) // it may have ended, which shows soon
+}
+
 // daemon starts a process that is ended with the test. Its log is shown if that failed.
-func (s *stack) daemon(log string, env []string, name string, args ...string) (stop func()) {
+func (s *stack) daemon(log string, env []string, name string, args ...string) daemon {
 	s.t.Helper()
 	out, err := os.Create(s.path(log + ".log"))
 	if err != nil {
@@ -108,11 +123,12 @@ func (s *stack) daemon(log string, env []string, name string, args ...string) (s
 		close(ended)
 	}()
 	stopped := false
-	stop = func() {
+	stop := func() {
 		if stopped {
 			return
 		}
 		stopped = true
+		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGCONT)
 		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGTERM)
 		select {
 		case <-ended:
@@ -130,7 +146,7 @@ func (s *stack) daemon(log string, env []string, name string, args ...string) (s
 			}
 		}
 	})
-	return stop
+	return daemon{cmd.Process.Pid, stop}
 }
 
 // await waits until something is so.

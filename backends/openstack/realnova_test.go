@@ -30,7 +30,7 @@ type full struct {
 	cluster  string
 	sys      string
 
-	stopCompute func()
+	computeHost daemon
 }
 
 const (
@@ -177,9 +177,35 @@ func TestRealNova(t *testing.T) {
 		f.awaitStatus(servers[0], "ACTIVE")
 	})
 
+	// The compute host is too slow to take the disk away within the grace.
+	t.Run("fence stops the server", func(t *testing.T) {
+		mustAttach(a, 65)
+		f.computeHost.pause(true)
+		impatient := f.node("node-b", servers[1], nil)
+		impatient.Grace(2 * time.Second)
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			for bound := time.Now().Add(10 * time.Minute); f.task(servers[0]) != "powering-off" && time.Now().Before(bound); {
+				time.Sleep(200 * time.Millisecond)
+			}
+			f.computeHost.pause(false)
+		}()
+		evidence, err := impatient.Fence(t.Context(), request(65))
+		<-ended
+		if err != nil || !strings.Contains(evidence, "is SHUTOFF, power state 4") {
+			t.Errorf("got %q, %v", evidence, err)
+		}
+		if err := b.Detach(t.Context(), mustAttach(b, 66)); err != nil {
+			t.Error(err)
+		}
+		f.must(f.admin, http.MethodPost, f.compute+"/servers/"+servers[0]+"/action", map[string]any{"os-start": nil}, nil)
+		f.awaitStatus(servers[0], "ACTIVE")
+	})
+
 	t.Run("fence with the compute host down", func(t *testing.T) {
 		mustAttach(a, 70)
-		f.stopCompute()
+		f.computeHost.stop()
 		f.await("Nova sees that its compute host is down", 10*time.Minute, func() bool { return f.service() == "down" })
 		_, err := b.Fence(t.Context(), request(70))
 		want(t, err, backends.ErrUnavailable, "Nova does not reach the compute host of server "+servers[0], "allow_admin_fence")
@@ -497,7 +523,7 @@ api_servers = http://127.0.0.1:1
 	manage("db", "sync")
 	f.daemon("nova-conductor", nil, "nova-conductor", "--config-file", conf)
 	f.daemon("nova-scheduler", nil, "nova-scheduler", "--config-file", conf)
-	f.stopCompute = f.daemon("nova-compute", nil, "nova-compute", "--config-file", conf)
+	f.computeHost = f.daemon("nova-compute", nil, "nova-compute", "--config-file", conf)
 	f.daemon("nova-api", nil, "nova-api", "--config-file", conf)
 	f.await("Nova", 10*time.Minute, f.listens(port))
 	f.compute = fmt.Sprintf("http://127.0.0.1:%d/v2.1", port)
@@ -525,6 +551,17 @@ func (f *full) computeService() (state, id string) {
 		return "", ""
 	}
 	return got.Services[0].State, got.Services[0].ID
+}
+
+// task is what a server is about to do.
+func (f *full) task(server string) string {
+	var got struct {
+		Server struct {
+			Task string `json:"OS-EXT-STS:task_state"`
+		}
+	}
+	f.call(f.admin, http.MethodGet, f.compute+"/servers/"+server, nil, &got)
+	return got.Server.Task
 }
 
 func (f *full) awaitStatus(server, status string) {
