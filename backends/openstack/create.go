@@ -94,7 +94,7 @@ func (c *creating) step(ctx context.Context) (done bool, err error) {
 		// It is an earlier call's, or Cinder was slow: another node may be deleting it.
 		return false, c.b.drop(ctx, first.id)
 	}
-	marking, cancel := context.WithTimeout(ctx, c.b.pace.orphan/4) // no mark comes late
+	marking, cancel := context.WithDeadline(ctx, c.fresh.Add(c.b.pace.orphan*3/4)) // no mark comes late
 	defer cancel()
 	if err = c.b.note(marking, first.id, keyReady, c.b.self.Node); unanswered(err) && ctx.Err() == nil {
 		return false, nil // the list says what has come of it
