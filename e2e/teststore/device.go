@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/backends/attach/loop"
 	"github.com/flocker-plugin/flocker/backends/teststore"
 )
 
@@ -278,7 +279,7 @@ func (d device) cut(ctx context.Context, initiator string) error {
 	}
 	info, err := unix.IoctlLoopGetStatus64(int(f.Fd()))
 	if err == nil {
-		err = abort(unix.Minor(info.Device))
+		err = loop.FUSE{Connection: unix.Minor(info.Device)}.Abort()
 	}
 	if err = errors.Join(err, f.Close()); err != nil {
 		return fmt.Errorf("cut %s: %w", d.Path, err)
@@ -287,34 +288,6 @@ func (d device) cut(ctx context.Context, initiator string) error {
 		return nil
 	}
 	return err
-}
-
-// abort ends a FUSE connection whatever its process does. The kernel's file for that
-// needs no place to be mounted on.
-func abort(connection uint32) error {
-	config, err := unix.Fsopen("fusectl", unix.FSOPEN_CLOEXEC)
-	if err != nil {
-		return os.NewSyscallError("fsopen", err)
-	}
-	defer unix.Close(config)
-	if err := unix.FsconfigCreate(config); err != nil {
-		return os.NewSyscallError("fsconfig", err)
-	}
-	root, err := unix.Fsmount(config, unix.FSMOUNT_CLOEXEC, 0)
-	if err != nil {
-		return os.NewSyscallError("fsmount", err)
-	}
-	defer unix.Close(root)
-	file, err := unix.Openat(root, fmt.Sprintf("%d/abort", connection), unix.O_WRONLY|unix.O_CLOEXEC, 0)
-	if errors.Is(err, unix.ENOENT) {
-		return nil // it has ended
-	}
-	if err != nil {
-		return os.NewSyscallError("openat", err)
-	}
-	defer unix.Close(file)
-	_, err = unix.Write(file, []byte("1"))
-	return os.NewSyscallError("write", err)
 }
 
 // disconnect removes the device when what was written is at the server.
