@@ -478,7 +478,7 @@ func (b *Backend) detach(ctx context.Context, att backends.Attachment) error {
 		if err != nil || !ok {
 			return err == nil, err
 		}
-		return false, b.kernel.claimed(b.kernel.dev + "/" + d.name)
+		return false, b.kernel.Claimed(b.kernel.Dev + "/" + d.name)
 	})
 }
 
@@ -505,5 +505,5 @@ func (b *Backend) unclaimed(id, path string) error {
 	if err != nil || !ok {
 		return err
 	}
-	return b.kernel.claimed(b.kernel.dev + "/" + d.name)
+	return b.kernel.Claimed(b.kernel.Dev + "/" + d.name)
 }

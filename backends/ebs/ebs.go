@@ -24,6 +24,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/ec2/types"
 
 	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/backends/attach/disk"
 )
 
 // Config is what an operator sets. What is left out is asked of the instance's
@@ -140,7 +141,7 @@ func New(cfg Config, self Self) (*Backend, error) {
 	cfg.LateCalls = cmp.Or(cfg.LateCalls, time.Minute)
 	cfg.CallsPerSecond = cmp.Or(cfg.CallsPerSecond, 10)
 	return &Backend{
-		cfg: cfg, self: self, kernel: newKernel(), pace: usual, asked: -1, batch: batch{slots: make(chan struct{}, 2)},
+		cfg: cfg, self: self, kernel: kernel{disk.Here()}, pace: usual, asked: -1, batch: batch{slots: make(chan struct{}, 2)},
 		lives: map[string]known{}, names: map[string]bool{}, stops: map[string]time.Time{},
 	}, nil
 }

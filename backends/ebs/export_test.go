@@ -1,6 +1,10 @@
 package ebs
 
-import "time"
+import (
+	"time"
+
+	"github.com/flocker-plugin/flocker/backends/attach/disk"
+)
 
 // Fast makes a backend wait for milliseconds, and look for devices in other folders.
 func (b *Backend) Fast(sysfs, dev string, claimed func(path string) error, lag time.Duration) {
@@ -9,13 +13,13 @@ func (b *Backend) Fast(sysfs, dev string, claimed func(path string) error, lag t
 		settle: 10 * time.Second, device: time.Second, grace: 2 * time.Second, force: 100 * time.Millisecond,
 		call: usual.call,
 	}
-	usual := newKernel()
-	b.kernel = kernel{sysfs: sysfs, dev: dev, claimed: claimed, node: usual.node}
+	usual := kernel{disk.Here()}
+	b.kernel = kernel{disk.Kernel{Sysfs: sysfs, Dev: dev, Claimed: claimed, Node: usual.Node}}
 	if claimed == nil {
-		b.kernel.claimed = usual.claimed
+		b.kernel.Claimed = usual.Claimed
 		return
 	}
-	b.kernel.node = func(path string) (string, error) { return b.kernel.attr(path[len(dev)+1:], "dev") }
+	b.kernel.Node = func(path string) (string, error) { return b.kernel.Attr(path[len(dev)+1:], "dev") }
 }
 
 // Impatient makes a backend wait for an answer no longer than that.
@@ -29,11 +33,11 @@ func (b *Backend) Usual() { b.pace = usual }
 
 // SetNode makes the number of every device node one of another device.
 func (b *Backend) SetNode(number string) {
-	b.kernel.node = func(string) (string, error) { return number, nil }
+	b.kernel.Node = func(string) (string, error) { return number, nil }
 }
 
 // Claimed is ErrInUse if a device of this machine is in use.
-var Claimed = claimed
+var Claimed = disk.Claimed
 
 // Kind is what a volume of so many GiB is with a profile and options.
 func (c Config) Kind(profile string, options map[string]string, gib int64) (Profile, error) {

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/backends/attach/disk"
 )
 
 // quick looks often, and has bounds that a machine which stands still for seconds keeps.
@@ -31,13 +32,13 @@ func (b *Nova) Shown(limit time.Duration) { b.pace.device = limit }
 
 // Kernel makes a backend look for devices in other folders.
 func (b *Nova) Kernel(sysfs string, claimed func(path string) error) {
-	b.kernel = kernel{sysfs: sysfs, dev: "/dev", claimed: claimed}
-	b.kernel.node = func(path string) (string, error) { return attr(sysfs, path[len("/dev/"):], "dev") }
+	b.kernel = kernel{disk.Kernel{Sysfs: sysfs, Dev: "/dev", Claimed: claimed}}
+	b.kernel.Node = func(path string) (string, error) { return b.kernel.Attr(path[len("/dev/"):], "dev") }
 }
 
 // SetNode makes the number of every device node one of another device.
 func (b *Nova) SetNode(number string) {
-	b.kernel.node = func(string) (string, error) { return number, nil }
+	b.kernel.Node = func(string) (string, error) { return number, nil }
 }
 
 // Guest makes a backend ask others who it is.
@@ -46,7 +47,7 @@ func (b *Nova) Guest(metadata, dmi string, drive func(ctx context.Context) ([]by
 }
 
 // Claimed is ErrInUse if a device of this machine is in use.
-var Claimed = claimed
+var Claimed = disk.Claimed
 
 // Patient makes a backend wait as long as services on a small machine need.
 func Patient(b backends.Backend) {

@@ -4,27 +4,19 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/backends/attach/disk"
 )
 
-// kernel is what this host's kernel knows of Cinder's volumes. It asks sysfs alone:
-// udev and its links may not be there in a container, and may be old.
-type kernel struct {
-	sysfs, dev string // /sys and /dev, except in tests
-	// claimed says who has a device open; a test has devices of its own.
-	claimed func(path string) error
-	// node returns the number of the device that a path in dev is, as sysfs writes it.
-	node func(path string) (string, error)
-}
+// kernel is what this host's kernel knows of Cinder's volumes.
+type kernel struct{ disk.Kernel }
 
 // device is a block device that a hypervisor shows for a Cinder volume.
 type device struct {
@@ -45,13 +37,13 @@ var (
 
 // devices returns every disk whose serial number is that of a Cinder volume.
 func (k kernel) devices() ([]device, error) {
-	disks, err := os.ReadDir(filepath.Join(k.sysfs, "block"))
+	disks, err := os.ReadDir(filepath.Join(k.Sysfs, "block"))
 	if err != nil {
 		return nil, fmt.Errorf("list block devices: %w", err)
 	}
 	var found []device
-	for _, disk := range disks {
-		d := device{name: disk.Name()}
+	for _, entry := range disks {
+		d := device{name: entry.Name()}
 		if !diskForm.MatchString(d.name) {
 			continue
 		}
@@ -59,7 +51,7 @@ func (k kernel) devices() ([]device, error) {
 			continue // another kind of disk, or gone
 		}
 		if err == nil {
-			d.life, err = life(k.sysfs, d.name)
+			d.life, err = k.Life(d.name)
 		}
 		if err != nil {
 			return nil, fmt.Errorf("list block devices: %w", err)
@@ -73,17 +65,17 @@ func (k kernel) devices() ([]device, error) {
 
 // serial returns the serial number that a disk says it has, if a volume has such a
 // one; empty also if the disk is gone.
-func (k kernel) serial(disk string) (string, error) {
-	names := []string{"serial", "device/serial"} // of virtio, and of NVMe
-	if strings.HasPrefix(disk, "sd") {
-		names = []string{"device/vpd_pg80"}
+func (k kernel) serial(name string) (string, error) {
+	attrs := []string{"serial", "device/serial"} // of virtio, and of NVMe
+	if strings.HasPrefix(name, "sd") {
+		attrs = []string{"device/vpd_pg80"}
 	}
-	for _, name := range names {
-		text, err := attr(k.sysfs, disk, name)
+	for _, attr := range attrs {
+		text, err := k.Attr(name, attr)
 		if err != nil {
 			return "", err
 		}
-		if name == "device/vpd_pg80" && len(text) > 4 {
+		if attr == "device/vpd_pg80" && len(text) > 4 {
 			text = strings.TrimSpace(text[4:]) // after the page's header
 		}
 		if serialForm.MatchString(text) {
@@ -96,17 +88,9 @@ func (k kernel) serial(disk string) (string, error) {
 // path returns the device node of a disk, after having made sure that it is of this
 // disk, and that the disk is of this volume: both may have been replaced since.
 func (k kernel) path(d device) (string, error) {
-	path := filepath.Join(k.dev, d.name)
-	number, err := k.node(path)
+	path, err := k.Path(d.name)
 	if err != nil {
 		return "", err
-	}
-	want, err := attr(k.sysfs, d.name, "dev")
-	if err != nil {
-		return "", err
-	}
-	if number != want {
-		return "", fmt.Errorf("%s is device %s, and the kernel's %s is %s: the nodes in %s are not this kernel's", path, number, d.name, want, k.dev)
 	}
 	if serial, err := k.serial(d.name); err != nil || serial != d.serial {
 		return "", fmt.Errorf("%s is not %s any more", path, d.serial)
@@ -115,60 +99,13 @@ func (k kernel) path(d device) (string, error) {
 }
 
 // size is how many bytes a disk has.
-func size(sysfs, disk string) (int64, error) {
-	text, err := attr(sysfs, disk, "size")
+func (k kernel) size(name string) (int64, error) {
+	text, err := k.Attr(name, "size")
 	if err != nil {
 		return 0, err
 	}
 	sectors, err := strconv.ParseInt(text, 10, 64)
 	return sectors * 512, err
-}
-
-// vanished says that err is what one sees of a device that has gone meanwhile.
-func vanished(err error) bool {
-	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENODEV) || errors.Is(err, syscall.ENXIO)
-}
-
-// attr reads an attribute of a disk; empty if it is not there.
-func attr(sysfs, disk, name string) (string, error) {
-	b, err := os.ReadFile(filepath.Join(sysfs, "block", disk, name))
-	if err != nil && !vanished(err) {
-		return "", err
-	}
-	return strings.Trim(string(b), " \t\r\n"), nil
-}
-
-// life is the number that sysfs gave the disk's directory: another disk of the same
-// name has another. Empty if it is gone.
-func life(sysfs, disk string) (string, error) {
-	info, err := os.Stat(filepath.Join(sysfs, "block", disk))
-	if err != nil {
-		if vanished(err) {
-			err = nil
-		}
-		return "", err
-	}
-	stat, ok := info.Sys().(*syscall.Stat_t)
-	if !ok {
-		return "", fmt.Errorf("%s has no number", disk)
-	}
-	number, err := attr(sysfs, disk, "dev")
-	return fmt.Sprintf("%s:%s:%d", disk, number, stat.Ino), err
-}
-
-func deviceNumber(path string) (string, error) {
-	info, err := os.Stat(path)
-	if err != nil {
-		return "", err
-	}
-	stat, ok := info.Sys().(*syscall.Stat_t)
-	if !ok || info.Mode()&fs.ModeDevice == 0 {
-		return "", fmt.Errorf("%s is no device", path)
-	}
-	rdev := uint64(stat.Rdev) //nolint:unconvert // it is 32 bits wide elsewhere
-	major := rdev>>8&0xfff | rdev>>32&^uint64(0xfff)
-	minor := rdev&0xff | rdev>>12&^uint64(0xff)
-	return fmt.Sprintf("%d:%d", major, minor), nil
 }
 
 // glanced is what claimed says when somebody who merely looks at a device, as udev and
@@ -183,35 +120,4 @@ func glanced(ctx context.Context, claimed func(path string) error, path string) 
 			return err
 		}
 	}
-}
-
-// claimed is ErrInUse if a device is mounted, or open exclusively by anybody, or open
-// by a process that is seen here.
-func claimed(path string) error {
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_EXCL|syscall.O_NONBLOCK, 0)
-	switch {
-	case errors.Is(err, syscall.EBUSY):
-		return fmt.Errorf("%s is mounted or open: %w", path, backends.ErrInUse)
-	case err != nil && vanished(err):
-		return nil
-	case err != nil:
-		return fmt.Errorf("open %s: %w", path, err)
-	}
-	if err := f.Close(); err != nil {
-		return fmt.Errorf("close %s: %w", path, err)
-	}
-	number, err := deviceNumber(path)
-	if err != nil {
-		return err
-	}
-	open, err := filepath.Glob("/proc/[0-9]*/fd/*")
-	if err != nil {
-		return err
-	}
-	for _, fd := range open {
-		if is, err := deviceNumber(fd); err == nil && is == number {
-			return fmt.Errorf("process %s has %s open: %w", strings.Split(fd, "/")[2], path, backends.ErrInUse)
-		}
-	}
-	return nil
 }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/backends/attach/disk"
 )
 
 // loops makes block devices of the files that Cinder's NFS volumes are.
@@ -47,7 +48,7 @@ func (l loops) all() ([]loop, error) {
 	var found []loop
 	for _, name := range names {
 		text, err := os.ReadFile(name)
-		if err != nil && vanished(err) {
+		if err != nil && disk.Gone(err) {
 			continue
 		}
 		if err != nil {
@@ -181,7 +182,7 @@ func (l loops) disconnect(ctx context.Context, b block, pace pace) (clean bool, 
 		if err != nil || !ok {
 			return err == nil, err
 		}
-		if err := glanced(ctx, claimed, d.path); err != nil {
+		if err := glanced(ctx, disk.Claimed, d.path); err != nil {
 			return false, err
 		}
 		if !asked {

@@ -430,7 +430,7 @@ func (b *Nova) unclaimed(ctx context.Context, id string) error {
 	if err != nil || !ok {
 		return err
 	}
-	return glanced(ctx, b.kernel.claimed, b.kernel.dev+"/"+d.name)
+	return glanced(ctx, b.kernel.Claimed, b.kernel.Dev+"/"+d.name)
 }
 
 // Resize implements backends.Resizer. It returns when the kernel shows a disk of this
@@ -445,7 +445,7 @@ func (b *Nova) Resize(ctx context.Context, ref string, bytes int64) (int64, erro
 		if err != nil || !ok {
 			return err == nil, err
 		}
-		shown, err := size(b.kernel.sysfs, d.name)
+		shown, err := b.kernel.size(d.name)
 		return shown >= have, err
 	})
 	if err != nil {

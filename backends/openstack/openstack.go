@@ -25,6 +25,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/backends/attach/disk"
 )
 
 // Config is what an operator sets. Secrets are in files, or in clouds.yaml.
@@ -163,7 +164,7 @@ func New(cfg Config, self Self) (backends.Backend, error) {
 		return &Connector{cinder: c, storage: loops{shares: cfg.Shares}}, nil
 	}
 	return &Nova{
-		cinder: c, kernel: kernel{sysfs: "/sys", dev: "/dev", claimed: claimed, node: deviceNumber}, guest: thisGuest,
+		cinder: c, kernel: kernel{disk.Here()}, guest: thisGuest,
 	}, nil
 }
 
