@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 
 	"github.com/flocker-plugin/flocker/backends"
@@ -420,15 +421,7 @@ func TestAnotherDisk(t *testing.T) {
 		s, cluster, vol := newVolume(t, kind.opts, kind.cfg)
 		b := s.node(cluster, "a")
 		att := attach(t, b, vol, 1)
-		record := filepath.Join(s.dirs["a"], "csi", strings.ReplaceAll(vol.ID, "-", "")+".1", "record")
-		text, err := os.ReadFile(record)
-		if err != nil {
-			t.Fatal(err)
-		}
-		text = []byte(strings.Replace(string(text), `"sequence":`, `"sequence":1`, 1))
-		if err := os.WriteFile(record, text, 0o600); err != nil {
-			t.Fatal(err)
-		}
+		another(t, s, vol, 1)
 		atts, err := b.Attachments(t.Context())
 		want := att
 		if want.Device = ""; err != nil || !kind.cfg.Fences && !slices.Equal(atts, []backends.Attachment{want}) || kind.cfg.Fences && len(atts) > 0 {
@@ -439,6 +432,46 @@ func TestAnotherDisk(t *testing.T) {
 			t.Errorf("%s: attachments: got %+v, %v; want %+v", name, atts, err, again)
 		}
 		down(t, b, vol, again)
+	}
+}
+
+// another makes the disk of an attachment another one than the kernel has at its number.
+func another(t *testing.T, s *storage, vol backends.Volume, token int64) {
+	t.Helper()
+	record := filepath.Join(s.dirs["a"], "csi", strings.ReplaceAll(vol.ID, "-", "")+"."+strconv.FormatInt(token, 36), "record")
+	text, err := os.ReadFile(record)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text = []byte(strings.Replace(string(text), `"sequence":`, `"sequence":1`, 1))
+	if err := os.WriteFile(record, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// The next disk with that number may be mounted: nobody has the one that is gone, and its
+// attachment can go.
+func TestAnotherDiskMounted(t *testing.T) {
+	for name, kind := range kinds {
+		s, cluster, vol := newVolume(t, kind.opts, kind.cfg)
+		b := s.node(cluster, "a")
+		att := attach(t, b, vol, 1)
+		if out, err := exec.Command("mkfs.ext4", "-q", att.Device).CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v: %s", name, err, out)
+		}
+		dir := t.TempDir()
+		if err := unix.Mount(att.Device, dir, "ext4", 0, ""); err != nil {
+			t.Fatal(err)
+		}
+		another(t, s, vol, 1)
+		err := b.Detach(t.Context(), att)
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Fatal(err)
+		}
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		down(t, b, vol, att)
 	}
 }
 

@@ -238,8 +238,12 @@ func names(dir string) []string {
 	return all
 }
 
-// mounted says whether the disk is mounted in this mount namespace.
+// mounted says whether the disk, which may be gone, is mounted in this mount namespace.
+// The kernel gives its number to another one only when nobody has it mounted any more.
 func (d disk) mounted() bool {
+	if now, err := d.sequence(); err == nil && now != d.Sequence {
+		return false
+	}
 	f, err := os.Open("/proc/self/mountinfo")
 	if err != nil {
 		return false

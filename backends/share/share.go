@@ -109,11 +109,14 @@ func (b *Backend) Attach(ctx context.Context, req backends.AttachRequest) (backe
 			return att, fmt.Errorf("%s is not volume %s: %w", ref, req.Volume, backends.ErrInvalid)
 		}
 		_, err := links.Read[backends.Attachment](&b.dir, b.name(ref)+".held")
-		if errors.Is(err, backends.ErrNotFound) {
-			err = b.disconnect(ctx, ref) // what is left if somebody has removed the note by hand
-		}
-		if err == nil {
+		anew := errors.Is(err, backends.ErrNotFound)
+		if anew || err == nil {
 			err = b.hold(ref, att)
+		}
+		if anew && err == nil { // what is left if somebody has removed the note by hand
+			if err = b.disconnect(ctx, ref); err != nil {
+				err = errors.Join(err, b.dir.Remove(b.name(ref), ".held"))
+			}
 		}
 		if err != nil {
 			return att, err

@@ -212,7 +212,7 @@ func detach(ctx context.Context, chosen func(loop) bool) error {
 		for _, l := range attached {
 			if chosen(l) {
 				left = append(left, l.device)
-				clearLoop(l.device)
+				l.clear()
 			}
 		}
 		if len(left) == 0 {
@@ -226,15 +226,18 @@ func detach(ctx context.Context, chosen func(loop) bool) error {
 	}
 }
 
-// clearLoop detaches a loop device, or has the kernel do it when the last one who
-// has it open lets go.
-func clearLoop(device string) {
-	f, err := os.Open(device)
+// clear detaches a loop device, or has the kernel do it when the last one who has it
+// open lets go.
+func (l loop) clear() {
+	f, err := os.Open(l.device)
 	if err != nil {
 		return
 	}
 	defer f.Close()
-	_, _, _ = unix.Syscall(unix.SYS_IOCTL, f.Fd(), unix.LOOP_CLR_FD, 0)
+	// While it is open it does not become another's, which it may have before.
+	if sequenceOf("/sys/block/"+filepath.Base(l.device)) == l.sequence {
+		_, _, _ = unix.Syscall(unix.SYS_IOCTL, f.Fd(), unix.LOOP_CLR_FD, 0)
+	}
 }
 
 // removeCgroups removes the control groups that the Docker hosts below dir have
