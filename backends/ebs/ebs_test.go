@@ -17,7 +17,7 @@ func TestContract(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			many := 520 // more than a page
+			many := 1200 // three pages
 			if cfg.Delay > 0 {
 				many = 60
 			}
