@@ -124,9 +124,13 @@ MODULES = $(patsubst %/go.mod,%,$(shell find . -mindepth 2 -name go.mod -not -pa
 test: deps engine plugin-teststore ## everything, with what it needs
 	$(MAKE) --no-print-directory test-unit test-e2e
 
+# The packages whose tests have devices and mounts, which are the machine's: one at a time.
+DEVICES := /(backends|driver/mount|plugin|e2e)(/|$$$$)
+
 .PHONY: test-unit
 test-unit: ## all but the tests with Docker hosts
-	$(GO) test -race -timeout 15m $$($(GO) list ./... | grep -v -e /backends/ebs -e /backends/rbd/cephtest -e /e2e/vm)
+	$(GO) test -race -timeout 15m $$($(GO) list ./... | grep -v -E '$(DEVICES)')
+	$(GO) test -race -timeout 15m -p 1 $$($(GO) list ./... | grep -E '$(DEVICES)' | grep -v -e /backends/ebs -e /backends/rbd/cephtest -e /e2e/vm)
 	for dir in $(MODULES); do (cd $$dir && $(GO) test -race -count 1 -timeout 10m ./...) || exit; done
 
 .PHONY: test-ebs
