@@ -125,7 +125,7 @@ test: deps engine plugin-teststore ## everything, with what it needs
 	$(MAKE) --no-print-directory test-unit test-e2e
 
 # The packages whose tests have devices and mounts, which are the machine's: one at a time.
-DEVICES := /(backends|driver/mount|plugin|e2e)(/|$$$$)
+DEVICES := /(backends|driver/mount|plugin|e2e)(/|$$)
 
 .PHONY: test-unit
 test-unit: ## all but the tests with Docker hosts
