@@ -41,6 +41,8 @@ type Driver interface {
 	Get(ctx context.Context, name string) (driver.Volume, error)
 	// Backends asks each backend of this host whether it answers.
 	Backends(ctx context.Context) []driver.BackendStatus
+	// Host looks at this host; it changes nothing.
+	Host(ctx context.Context) driver.Host
 }
 
 // Owners is what is asked who has what; *ownership.Map is one.
@@ -51,6 +53,8 @@ type Owners interface {
 	Node() ownership.Node
 	Live() error
 	Cluster() string
+	// Servers asks each etcd server how it is.
+	Servers(ctx context.Context) []ownership.Server
 }
 
 const (
@@ -85,6 +89,7 @@ func New(d Driver, owners Owners, version string, log *logrus.Entry) *Admin {
 	a.handle("GET /v1/volumes/{name}", a.volume)
 	a.handle("GET /v1/nodes", a.nodes)
 	a.handle("GET /v1/backends", a.backends)
+	a.handle("GET /v1/host", a.host)
 	a.handle("POST /v1/nodes/{host}/confirm-dead", a.confirmDead)
 	a.handle("POST /v1/volumes/{name}/reinstate", a.reinstate)
 	a.handle("POST /v1/cluster/accept-restore", a.acceptRestore)

@@ -28,6 +28,8 @@ type fake struct {
 	views   []ownership.View
 	// backends are those of the host.
 	backends []driver.BackendStatus
+	host     driver.Host
+	servers  []ownership.Server
 	volumes  []driver.Volume
 	stale    bool
 	live     error
@@ -88,6 +90,10 @@ func (f *fake) Cluster() string { return "c1" }
 func (f *fake) Live() error { return f.live }
 
 func (f *fake) Backends(context.Context) []driver.BackendStatus { return f.backends }
+
+func (f *fake) Host(context.Context) driver.Host { return f.host }
+
+func (f *fake) Servers(context.Context) []ownership.Server { return f.servers }
 
 func (f *fake) Silence(node string) (time.Duration, bool) {
 	silent, ok := f.silence[node]

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net/http"
 	"slices"
+	"sync"
 
 	"github.com/flocker-plugin/flocker/control/api"
 	"github.com/flocker-plugin/flocker/driver"
@@ -125,3 +126,39 @@ func (a *Admin) status(ctx context.Context, _ *http.Request) (any, error) {
 
 // maxAttention is how much of what needs attention is told at once.
 const maxAttention = 20
+
+// host is what the plugin sees of its host; the questions go out at once.
+func (a *Admin) host(ctx context.Context, _ *http.Request) (any, error) {
+	var (
+		servers []ownership.Server
+		asked   sync.WaitGroup
+	)
+	asked.Go(func() { servers = a.owners.Servers(ctx) })
+	h := a.driver.Host(ctx)
+	asked.Wait()
+	answer := api.Host{
+		MountRoot: h.MountRoot, Filesystems: h.Filesystems, Lacks: h.Lacks, Docker: sentence(h.Docker), MountError: sentence(h.Err),
+		Unmounted: h.Unmounted, Mounts: []api.Mount{}, Devices: []api.Device{}, Etcd: []api.Server{},
+	}
+	for _, m := range h.Mounts {
+		answer.Mounts = append(answer.Mounts, api.Mount{Path: m.Path, Number: m.Number, Volume: m.Volume})
+	}
+	for _, d := range h.Devices {
+		answer.Devices = append(answer.Devices, api.Device{Backend: d.Backend, Path: d.Path, ID: d.ID, Token: d.Token, Owned: d.Owned})
+	}
+	for _, name := range slices.Sorted(maps.Keys(h.Silent)) {
+		answer.Silent = append(answer.Silent, api.Silent{Backend: name, Error: sentence(h.Silent[name])})
+	}
+	for _, s := range servers {
+		answer.Etcd = append(answer.Etcd, api.Server{Endpoint: s.Endpoint, Version: s.Version, Alarms: s.Alarms, Leaderless: s.Leaderless, Error: sentence(s.Err)})
+	}
+	return answer, nil
+}
+
+// sentence is an error's text, empty for none.
+func sentence(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}

@@ -137,3 +137,27 @@ func TestStatus(t *testing.T) {
 		t.Errorf("of 30 findings %d were told: %s", n, got)
 	}
 }
+
+func TestHost(t *testing.T) {
+	f := &fake{
+		host: driver.Host{
+			MountRoot: "/m", Filesystems: []string{"ext4"}, Lacks: []string{"e2fsck (package e2fsprogs)"}, Docker: errors.New("no Docker"),
+			Mounts:  []driver.HostMount{{Path: "/m/1", Number: "7:1", Volume: "db"}, {Path: "/m/2", Number: "7:2"}},
+			Devices: []driver.HostDevice{{Backend: "san", Path: "/dev/x", ID: "i", Token: 3, Owned: true}}, Unmounted: []string{"www"},
+			Silent: map[string]error{"san": errors.New("no answer"), "ebs": errors.New("no credentials")}, Err: errors.New("no table"),
+		},
+		servers: []ownership.Server{{Endpoint: "e1", Version: "3.6.1", Alarms: []string{"NOSPACE"}, Leaderless: true}, {Endpoint: "e2", Err: errors.New("refused")}},
+	}
+	const want = `{"mount_root":"/m","filesystems":["ext4"],"lacks":["e2fsck (package e2fsprogs)"],"docker_error":"no Docker",` +
+		`"mounts":[{"path":"/m/1","number":"7:1","volume":"db"},{"path":"/m/2","number":"7:2"}],"mount_error":"no table","unmounted":["www"],` +
+		`"devices":[{"backend":"san","path":"/dev/x","id":"i","token":3,"owned":true}],` +
+		`"silent":[{"backend":"ebs","error":"no credentials"},{"backend":"san","error":"no answer"}],` +
+		`"etcd":[{"endpoint":"e1","version":"3.6.1","alarms":["NOSPACE"],"leaderless":true},{"endpoint":"e2","error":"refused"}]}`
+	if status, got, logged := ask(t, f, "GET", "/v1/host", ""); status != 200 || got != want || logged != "" {
+		t.Errorf("got  %d %s %s\nwant 200 %s", status, got, logged, want)
+	}
+	const none = `{"mount_root":"","filesystems":null,"mounts":[],"devices":[],"etcd":[]}`
+	if _, got, _ := ask(t, &fake{}, "GET", "/v1/host", ""); got != none {
+		t.Errorf("nothing: %s", got)
+	}
+}

@@ -30,7 +30,7 @@ func (c *cli) root() *cobra.Command {
 	root.SetErr(c.errout)
 	root.PersistentFlags().StringVar(&c.socket, "socket", cmp.Or(c.socket, api.Socket), "the plugin's control `socket`; FLOCKER_CONTROL in the environment is the same")
 	root.AddCommand(
-		c.ls(), c.inspect(), c.status(), c.versionOf(),
+		c.ls(), c.inspect(), c.status(), c.doctor(), c.versionOf(),
 		c.group("node", "The hosts of the cluster", c.nodeLs(), c.confirmDead()),
 		c.group("backend", "The storage backends of this host", c.backendLs()),
 		c.group("volume", "Repairs of volumes", c.reinstate()),

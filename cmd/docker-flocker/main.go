@@ -53,13 +53,14 @@ type cli struct {
 	by          string // who that is
 	name        string // what was typed to get here
 	socket      string
+	machine     func(context.Context) machine // nil: this one
 }
 
 // A failure is the end of a command that was typed correctly.
 type failure struct{ error }
 
-// run returns the exit code: 1 if it was refused or failed, 2 for what cannot be
-// understood, 3 if something needs attention.
+// run returns the exit code: 1 if it was refused or failed, or doctor has found
+// something, 2 for what cannot be understood, 3 if status tells of something.
 func (c *cli) run(ctx context.Context, args []string) int {
 	if slices.Equal(args, []string{metadataCommand}) {
 		enc := json.NewEncoder(c.out)
@@ -75,8 +76,8 @@ func (c *cli) run(ctx context.Context, args []string) int {
 	if err == nil {
 		return 0
 	}
-	if _, ok := errors.AsType[*attention](err); ok {
-		return 3 // it has been printed
+	if found, ok := errors.AsType[*attention](err); ok {
+		return found.code // it has been printed
 	}
 	fmt.Fprintln(c.errout, err)
 	if _, ok := errors.AsType[*failure](err); ok {

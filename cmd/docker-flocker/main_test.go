@@ -44,6 +44,8 @@ type fake struct {
 	death ownership.Death
 
 	backends []driver.BackendStatus
+	hosts    []driver.Host // one answer each; the last for good
+	servers  []ownership.Server
 	volumes  []driver.Volume
 	stale    bool
 	live     error
@@ -108,6 +110,21 @@ func (f *fake) List(context.Context) ([]ownership.View, error) {
 
 func (f *fake) Backends(context.Context) []driver.BackendStatus { return f.backends }
 
+func (f *fake) Host(context.Context) driver.Host {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if len(f.hosts) == 0 {
+		return driver.Host{}
+	}
+	host := f.hosts[0]
+	if len(f.hosts) > 1 {
+		f.hosts = f.hosts[1:]
+	}
+	return host
+}
+
+func (f *fake) Servers(context.Context) []ownership.Server { return f.servers }
+
 func (f *fake) Survey(context.Context) ([]driver.Volume, bool) { return f.volumes, f.stale }
 
 func (f *fake) Get(_ context.Context, name string) (driver.Volume, error) {
@@ -169,6 +186,15 @@ func command(t *testing.T, socket, typed string, args ...string) result {
 		in: strings.NewReader(typed), terminal: typed != "", out: &out, errout: &errout,
 		by: "anna@b", name: "docker flocker", socket: socket,
 	}
+	code := c.run(t.Context(), args)
+	return result{code, out.String(), errout.String()}
+}
+
+// commandOn runs one on a host that is like that.
+func commandOn(t *testing.T, socket string, look func(context.Context) machine, args ...string) result {
+	t.Helper()
+	var out, errout bytes.Buffer
+	c := &cli{out: &out, errout: &errout, by: "anna@b", name: "docker flocker", socket: socket, machine: look}
 	code := c.run(t.Context(), args)
 	return result{code, out.String(), errout.String()}
 }

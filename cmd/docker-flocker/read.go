@@ -13,8 +13,11 @@ import (
 	"github.com/flocker-plugin/flocker/control/api"
 )
 
-// attention is the end of a command that found something somebody should look into.
-type attention struct{ error }
+// attention is the end of a command that found something somebody should look into,
+// and has printed it.
+type attention struct{ code int }
+
+func (*attention) Error() string { return "something needs attention" }
 
 // lists makes a command that lists what get returns.
 func lists[T any](c *cli, what string, cmd *cobra.Command, l listing[T], get func(cmd *cobra.Command) ([]T, error), after func([]T) string) *cobra.Command {
@@ -158,7 +161,7 @@ func (c *cli) status() *cobra.Command {
 				err = c.printStatus(s)
 			}
 			if err == nil && len(s.Attention) > 0 {
-				err = &attention{errors.New("something needs attention")}
+				err = &attention{3}
 			}
 			return err
 		},

@@ -108,6 +108,65 @@ type Backends struct {
 	Backends []Backend `json:"backends"`
 }
 
+// Host answers GET /v1/host: what the plugin sees of its own host, from where it runs.
+type Host struct {
+	// MountRoot is the directory below which it mounts volumes.
+	MountRoot string `json:"mount_root"`
+	// Filesystems are those of the cluster's volumes and of new ones, and Lacks the
+	// programs for them that it does not find.
+	Filesystems []string `json:"filesystems"`
+	Lacks       []string `json:"lacks,omitempty"`
+	// Docker is why the Engine does not tell it who uses a volume.
+	Docker string `json:"docker_error,omitempty"`
+	// Mounts are those below MountRoot; Unmounted are the names of volumes that ought to be
+	// mounted and are not.
+	Mounts     []Mount  `json:"mounts"`
+	MountError string   `json:"mount_error,omitempty"`
+	Unmounted  []string `json:"unmounted,omitempty"`
+	// Devices are what its backends have attached; those that did not say are Silent.
+	Devices []Device `json:"devices"`
+	Silent  []Silent `json:"silent,omitempty"`
+	// Etcd are the servers it was told of.
+	Etcd []Server `json:"etcd"`
+}
+
+// Mount is something mounted below the mount root of a host.
+type Mount struct {
+	Path string `json:"path"`
+	// Number is the filesystem's in the mount table, such as 7:3.
+	Number string `json:"number"`
+	// Volume is the volume's name; empty if it is none that the plugin has mounted.
+	Volume string `json:"volume,omitempty"`
+}
+
+// Device is a device attached to a host.
+type Device struct {
+	Backend string `json:"backend"`
+	Path    string `json:"path"`
+	// ID is the volume's, and Token the one it was attached under. Owned says that the
+	// host has the volume under it now.
+	ID    string `json:"id"`
+	Token int64  `json:"token"`
+	Owned bool   `json:"owned"`
+}
+
+// Silent is a backend that did not say what is attached.
+type Silent struct {
+	Backend string `json:"backend"`
+	Error   string `json:"error"`
+}
+
+// Server is an etcd server.
+type Server struct {
+	Endpoint string `json:"endpoint"`
+	Version  string `json:"version,omitempty"`
+	// Alarms are what the server says is wrong with it; Leaderless, that it has lost the others.
+	Alarms     []string `json:"alarms,omitempty"`
+	Leaderless bool     `json:"leaderless,omitempty"`
+	// Error is why it does not answer.
+	Error string `json:"error,omitempty"`
+}
+
 // Death is the record that one boot of a node is dead.
 type Death struct {
 	Node    string    `json:"node"`

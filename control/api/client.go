@@ -80,6 +80,13 @@ func (c *Client) Backends(ctx context.Context) ([]Backend, error) {
 	return answer.Backends, err
 }
 
+// Host is what the plugin sees of its own host.
+func (c *Client) Host(ctx context.Context) (Host, error) {
+	var answer Host
+	err := c.do(ctx, http.MethodGet, "/v1/host", nil, &answer)
+	return answer, err
+}
+
 // ConfirmDead declares a host, given by its name or its node's id, dead. An Error
 // with status 409 says that it is live.
 func (c *Client) ConfirmDead(ctx context.Context, host string, body Confirmation) (Confirmed, error) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 )
@@ -518,6 +519,21 @@ func (f *Fake) Mounted(target string) (device string, err error) {
 		return "", err
 	}
 	return device, nil
+}
+
+// Lacks is Mounter's: nothing.
+func (f *Fake) Lacks(string) []string { return nil }
+
+// Below lists the kernel's table.
+func (f *Fake) Below(root string) (points []Point, err error) {
+	f.kernel.mu.Lock()
+	defer f.kernel.mu.Unlock()
+	for target := range f.kernel.mounts {
+		if strings.HasPrefix(target, root+"/") {
+			points = append(points, Point{Target: target, Number: "0:1"})
+		}
+	}
+	return points, nil
 }
 
 // Unmount takes target out of the kernel's table.

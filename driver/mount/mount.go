@@ -138,4 +138,18 @@ type Mounter interface {
 	// that was written. nil even then if this Mounter shut the filesystem down, which
 	// gave that up.
 	Close(ctx context.Context, device string) error
+
+	// Lacks returns which programs for a kind of filesystem are not there, each with
+	// the package that has it.
+	Lacks(fs string) []string
+
+	// Below returns what is mounted below root in this process's mount namespace.
+	Below(root string) ([]Point, error)
+}
+
+// A Point is one line of the mount table.
+type Point struct {
+	Target string
+	// Number is the filesystem's as every mount namespace shows it, such as 7:3.
+	Number string
 }

@@ -388,6 +388,21 @@ func topMount(target string) (*mountinfo.Info, error) {
 	return infos[len(infos)-1], nil
 }
 
+// Below implements Mounter.
+func (*System) Below(root string) ([]Point, error) {
+	infos, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
+		return !strings.HasPrefix(m.Mountpoint, root+"/"), false
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read mount table: %w", err)
+	}
+	points := make([]Point, len(infos))
+	for i, m := range infos {
+		points[i] = Point{m.Mountpoint, fmt.Sprintf("%d:%d", m.Major, m.Minor)}
+	}
+	return points, nil
+}
+
 // sameDevice is nil if dev's filesystem is what is mounted on target, and in use.
 func (s *System) sameDevice(target string, dev *blockDevice) error {
 	info, err := topMount(target)

@@ -272,6 +272,9 @@ var mkfsTools = map[string]struct{ program, pkg string }{
 	btrfs: {"mkfs.btrfs", "btrfs-progs"},
 }
 
+// laterTools are the further programs that a filesystem needs in its life.
+var laterTools = map[string][]string{ext4: {"e2fsck", "resize2fs", "tune2fs"}}
+
 var maxLabel = map[string]int{ext4: 16, xfs: 12, btrfs: 255} // bytes
 
 // mkfsArgs returns the words for mkfs, without the program.

@@ -223,6 +223,17 @@ func findProgram(name string) (string, error) {
 	return path, err
 }
 
+// Lacks implements Mounter.
+func (*System) Lacks(fs string) (lacks []string) {
+	tool := mkfsTools[fs]
+	for _, name := range append([]string{tool.program}, laterTools[fs]...) {
+		if _, err := findProgram(name); err != nil {
+			lacks = append(lacks, name+" (package "+tool.pkg+")")
+		}
+	}
+	return lacks
+}
+
 func lastLine(s string) string {
 	lines := strings.Split(strings.TrimSpace(s), "\n")
 	return strings.TrimSpace(lines[len(lines)-1])

@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -355,6 +356,41 @@ func TestEtcdConfig(t *testing.T) {
 				t.Errorf("got error %v, want %s", err, c.want)
 			}
 		})
+	}
+}
+
+// Each server says how it is, whatever the others do.
+func TestEtcdServers(t *testing.T) {
+	server, endpoint := startServer(t, t.TempDir())
+	nobody := freeURL(t).Host
+	ask := func(cfg ownership.EtcdConfig) []ownership.Server {
+		t.Helper()
+		store, err := ownership.NewEtcd(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = store.Close() }()
+		return ownership.New(store, ownership.Node{ID: "a"}, ownership.Config{}).Servers(t.Context())
+	}
+	for _, cfg := range []ownership.EtcdConfig{
+		{Endpoints: []string{endpoint}},
+		{Endpoints: []string{endpoint}, Dial: func(context.Context) (*clientv3.Client, error) { return v3client.New(server), nil }},
+		{Endpoints: []string{endpoint, nobody}},
+	} {
+		start := time.Now()
+		got := ask(cfg)
+		if took := time.Since(start); took > 15*time.Second {
+			t.Errorf("it took %v", took)
+		}
+		if len(got) != len(cfg.Endpoints) || got[0].Endpoint != endpoint || got[0].Err != nil || !strings.HasPrefix(got[0].Version, "3.") || got[0].Leaderless || got[0].Alarms != nil {
+			t.Errorf("got %+v", got)
+		}
+		if len(got) == 2 && (got[1].Endpoint != nobody || got[1].Err == nil || got[1].Version != "") {
+			t.Errorf("of nobody: %+v", got[1])
+		}
+	}
+	if got := ownership.New(ownership.NewMemory().Client(), ownership.Node{ID: "a"}, ownership.Config{}).Servers(t.Context()); got != nil {
+		t.Errorf("of a store in memory: %+v", got)
 	}
 }
 
