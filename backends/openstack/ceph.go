@@ -135,7 +135,7 @@ func (b block) label() string {
 	return fmt.Sprintf("%s %d %s %s", b.attachment, b.token, b.volume, b.dataset)
 }
 
-func (i images) devices() ([]block, error) {
+func (i images) devices(context.Context) ([]block, error) {
 	all, err := i.attacher.Devices()
 	if err != nil {
 		return nil, err
@@ -159,7 +159,7 @@ func (i images) connect(ctx context.Context, to connection) (block, error) {
 	if err != nil {
 		return block{}, err
 	}
-	all, err := i.devices()
+	all, err := i.devices(ctx)
 	if err != nil {
 		return block{}, err
 	}

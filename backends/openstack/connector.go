@@ -28,7 +28,7 @@ type storage interface {
 	// lock keeps other processes of this host from the devices of a volume.
 	lock(ctx context.Context, volume string) (unlock func(), err error)
 	// devices returns what was made on this host, by the state of the kernel.
-	devices() ([]block, error)
+	devices(ctx context.Context) ([]block, error)
 	// connect makes a device, or returns the one there is.
 	connect(ctx context.Context, to connection) (block, error)
 	// served says whether a device can still do anything.
@@ -61,8 +61,8 @@ type block struct {
 }
 
 // device returns the device of a volume, if there is one.
-func (b *Connector) device(id string) (block, bool, error) {
-	all, err := b.storage.devices()
+func (b *Connector) device(ctx context.Context, id string) (block, bool, error) {
+	all, err := b.storage.devices(ctx)
 	i := slices.IndexFunc(all, func(d block) bool { return d.volume == id })
 	if err != nil || i < 0 {
 		return block{}, false, err
@@ -181,7 +181,7 @@ func (c *connecting) present(ctx context.Context, v *volume, atts []attachment) 
 			return false, false, &backends.AttachedError{Volume: v.ID, Node: other.node, Token: other.token}
 		}
 	}
-	d, here, err := c.b.device(v.id)
+	d, here, err := c.b.device(ctx, v.id)
 	if err != nil || here && d.attachment == "" {
 		return here, true, err
 	}
@@ -503,7 +503,7 @@ func (b *Connector) detach(ctx context.Context, att backends.Attachment) error {
 	case att.Node != b.self.Node:
 		return nil
 	}
-	d, ok, err := b.device(att.Ref)
+	d, ok, err := b.device(ctx, att.Ref)
 	switch {
 	case err != nil:
 		return err
@@ -554,7 +554,7 @@ func (b *Connector) attachments(ctx context.Context) ([]backends.Attachment, err
 	if ctx.Err() != nil {
 		return nil, backends.Classify(backends.ErrUnavailable, context.Cause(ctx))
 	}
-	devices, err := b.storage.devices()
+	devices, err := b.storage.devices(ctx)
 	if err != nil {
 		return nil, err
 	}

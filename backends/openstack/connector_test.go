@@ -12,8 +12,10 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
 
 	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/backends/attach/loop"
 	"github.com/flocker-plugin/flocker/backends/backendtest"
 	"github.com/flocker-plugin/flocker/backends/openstack"
 	"github.com/flocker-plugin/flocker/backends/openstack/openstacktest"
@@ -78,6 +80,20 @@ func (s *share) Plug(string, string, int)  {}
 func (s *share) Unplug(string, string)     {}
 func (s *share) Holds(string, string) bool { return false }
 
+// reboot takes a node's loop devices away.
+func (s *share) reboot(node string) {
+	devices, err := loop.In(s.t.Context(), s.mount(node))
+	must(err)
+	for _, d := range devices {
+		must(d.Detach(s.t.Context(), time.Minute, func() {}))
+	}
+}
+
+// file is where a node has a volume's.
+func (s *share) file(node string, vol backends.Volume) string {
+	return filepath.Join(s.mount(node), "volume-"+vol.Ref)
+}
+
 // bare is a Cinder without Keystone and Nova.
 type bare struct {
 	*openstacktest.Server
@@ -95,8 +111,12 @@ func newBare(t backendtest.T, delay time.Duration) *bare {
 }
 
 func (c *bare) node(cluster, node string) backends.Backend {
+	return c.nodeWith(cluster, node, map[string]string{export: c.mount(node)})
+}
+
+func (c *bare) nodeWith(cluster, node string, shares map[string]string) backends.Backend {
 	b, err := openstack.New(openstack.Config{
-		Attach: "connector", CinderURL: c.CinderURL(), ProjectID: openstacktest.Project, Shares: map[string]string{export: c.mount(node)},
+		Attach: "connector", CinderURL: c.CinderURL(), ProjectID: openstacktest.Project, Shares: shares,
 	}, openstack.Self{Node: node, Cluster: cluster})
 	must(err)
 	openstack.Fast(b)
@@ -172,15 +192,14 @@ func TestConnectorUnanswered(t *testing.T) {
 }
 
 // The kernel forgets a part of the path of a file that was opened in a mount namespace
-// which has ended, as that of a managed plugin has when it starts anew. Not parallel: the
-// imitations' volumes have the same ids.
+// which has ended, as that of a managed plugin has when it starts anew. Other shares have a
+// file of the same name, as where one is a copy of another.
 func TestConnectorRestarted(t *testing.T) {
+	t.Parallel()
 	backendtest.NeedRoot(t)
 	c := newBare(t, 0)
 	_, _, vol, att := attached(t, c)
-	if out, err := exec.Command("losetup", "-d", att.Device).CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
+	c.reboot("node-a")
 	out, err := exec.Command("unshare", "-m", "sh", "-e", "-c", `mount --bind "$1" "$1"; losetup --find --show "$1/$2"`,
 		"sh", c.mount("node-a"), "volume-"+vol.Ref).Output()
 	if err != nil {
@@ -190,7 +209,13 @@ func TestConnectorRestarted(t *testing.T) {
 	if shown := readFile("/sys/block/" + filepath.Base(att.Device) + "/loop/backing_file"); strings.HasPrefix(shown, c.mount("node-a")) {
 		t.Fatalf("the kernel still shows the whole path, %s", shown)
 	}
-	a := c.node(vol.Cluster, "node-a")
+	shares := map[string]string{export: c.mount("node-a"), "10.0.0.6:/not/mounted": filepath.Join(t.TempDir(), "none")}
+	for i := range 20 {
+		dir := t.TempDir()
+		must(os.WriteFile(filepath.Join(dir, "volume-"+vol.Ref), make([]byte, 1<<20), 0o600))
+		shares[fmt.Sprint("10.0.0.6:/copies/", i)] = dir
+	}
+	a := c.nodeWith(vol.Cluster, "node-a", shares)
 	if atts, err := a.Attachments(t.Context()); err != nil || len(atts) != 1 || atts[0] != att {
 		t.Errorf("got %v, %v; want %v", atts, err, att)
 	}
@@ -203,6 +228,58 @@ func TestConnectorRestarted(t *testing.T) {
 	}
 	if atts, err := a.Attachments(t.Context()); err != nil || len(atts) != 0 {
 		t.Errorf("got %v, %v", atts, err)
+	}
+}
+
+// A device that somebody has open stays, now and when it is closed, also where no process
+// is seen to have it open.
+func TestConnectorOpen(t *testing.T) {
+	t.Parallel()
+	backendtest.NeedRoot(t)
+	c := newBare(t, 0)
+	a, _, _, att := attached(t, c)
+	f, err := os.OpenFile(att.Device, os.O_RDWR, 0)
+	must(err)
+	memory, err := unix.Mmap(int(f.Fd()), 0, 4096, unix.PROT_READ, unix.MAP_SHARED)
+	must(err)
+	must(f.Close())
+	want(t, a.Detach(t.Context(), att), backends.ErrInUse, att.Device+" is open or mounted")
+	must(unix.Munmap(memory))
+	for range 20 {
+		if atts, err := a.Attachments(t.Context()); err != nil || len(atts) != 1 || atts[0] != att {
+			t.Fatalf("got %v, %v; want %v", atts, err, att)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	if err := a.Detach(t.Context(), att); err != nil {
+		t.Error(err)
+	}
+}
+
+// A volume's file was replaced, as by one from a backup. What is written to a device of the old
+// one would be lost with it.
+func TestConnectorFileReplaced(t *testing.T) {
+	t.Parallel()
+	backendtest.NeedRoot(t)
+	c := newBare(t, 0)
+	a, _, vol, att := attached(t, c)
+	file := c.file("node-a", vol)
+	must(os.Remove(file))
+	c.Stored(vol.Ref, 1)
+	_, err := a.Attach(t.Context(), backends.AttachRequest{Ref: vol.Ref, Volume: vol.ID, Token: 10})
+	want(t, err, backends.ErrInUse, att.Device+" has "+file+" (deleted), and Cinder says "+file)
+	// It is shown, so that it can be given up.
+	if atts, err := a.Attachments(t.Context()); err != nil || len(atts) != 1 || atts[0] != att {
+		t.Errorf("got %v, %v; want %v", atts, err, att)
+	}
+	if err := a.Detach(t.Context(), att); err != nil {
+		t.Fatal(err)
+	}
+	if att, err = a.Attach(t.Context(), backends.AttachRequest{Ref: vol.Ref, Volume: vol.ID, Token: 11}); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Detach(t.Context(), att); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -244,9 +321,7 @@ func TestConnectorDeadHost(t *testing.T) {
 	want(t, err, backends.ErrInUse, "attached to node-a; if that host is off for good, type: cinder attachment-delete "+att.ID)
 	want(t, b.Detach(t.Context(), att), backends.ErrInvalid, "only its host can detach it", "cinder attachment-delete "+att.ID)
 	// The host was started anew: its kernel has no device, and Cinder an attachment.
-	if out, err := exec.Command("losetup", "-d", att.Device).CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
+	c.reboot("node-a")
 	atts, err := c.node(vol.Cluster, "node-a").Attachments(t.Context())
 	if err != nil || len(atts) != 1 || atts[0].ID != att.ID || atts[0].Device != "" || atts[0].Token != 10 {
 		t.Errorf("got %v, %v", atts, err)

@@ -2,18 +2,18 @@ package openstack
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
-	"strings"
 	"syscall"
 	"time"
 
 	"github.com/flocker-plugin/flocker/backends"
-	"github.com/flocker-plugin/flocker/backends/attach/disk"
+	"github.com/flocker-plugin/flocker/backends/attach/loop"
 )
 
 // loops makes block devices of the files that Cinder's NFS volumes are.
@@ -25,109 +25,99 @@ var idInName = regexp.MustCompile(`[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}`)
 
 // devices returns the loop devices whose file is on one of the shares, whoever has made
 // them.
-func (l loops) devices() ([]block, error) {
-	all, err := l.all()
+func (l loops) devices(ctx context.Context) ([]block, error) {
+	all, err := l.all(ctx)
 	var found []block
 	for _, d := range all {
-		found = append(found, d.block)
+		if b, ok := d.block(); ok {
+			found = append(found, b)
+		}
 	}
 	return found, err
 }
 
-// loop is a loop device with a volume's file.
-type loop struct {
-	block
-	file string
+// loopDevice is a loop device with a volume's file.
+type loopDevice struct {
+	loop.Device
+	volume string
 }
 
-func (l loops) all() ([]loop, error) {
-	names, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
-	if err != nil {
-		return nil, err
-	}
-	var found []loop
-	for _, name := range names {
-		text, err := os.ReadFile(name)
-		if err != nil && disk.Gone(err) {
-			continue
+func (l loops) all(ctx context.Context) ([]loopDevice, error) {
+	var found []loopDevice
+	for _, dir := range l.shares {
+		devices, err := loop.In(ctx, dir)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // the share is not mounted here
 		}
 		if err != nil {
-			return nil, fmt.Errorf("find loop devices: %w", err)
+			return nil, err
 		}
-		var d loop
-		d.file = l.mine(strings.TrimSuffix(strings.TrimSuffix(string(text), "\n"), " (deleted)"))
-		if d.volume = idInName.FindString(filepath.Base(d.file)); d.volume == "" {
-			continue
+		for _, d := range devices {
+			is := loopDevice{d, idInName.FindString(d.Name())}
+			if is.volume != "" && !slices.Contains(found, is) { // a share may have two names
+				found = append(found, is)
+			}
 		}
-		info, err := os.Stat(filepath.Dir(name)) // made anew with each file
-		if err != nil {
-			continue
-		}
-		stat, ok := info.Sys().(*syscall.Stat_t)
-		if !ok {
-			return nil, fmt.Errorf("%s has no number", name)
-		}
-		d.path = "/dev/" + strings.Split(name, "/")[3]
-		d.life = fmt.Sprintf("%s:%d:%s", d.path, stat.Ino, d.file)
-		found = append(found, d)
 	}
 	return found, nil
 }
 
-// mine returns the path of a file that is on one of the shares, and "" for others. Once
-// the mount namespace has ended in which the device was made, as with a container, the kernel shows
-// only the end of what the path was in it.
-func (l loops) mine(shown string) string {
-	for _, dir := range l.shares {
-		if at, err := filepath.EvalSymlinks(dir); err == nil {
-			if file := filepath.Join(at, filepath.Base(shown)); strings.HasPrefix(shown, "/") && strings.HasSuffix(file, shown) {
-				return file
-			}
-		}
+// block is the device for a Connector; not ok if it has gone.
+func (d loopDevice) block() (b block, ok bool) {
+	info, err := os.Stat("/sys/block/" + filepath.Base(d.Path) + "/loop") // made anew with each file
+	if err != nil {
+		return block{}, false
 	}
-	return ""
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		return block{}, false
+	}
+	return block{path: d.Path, volume: d.volume, life: fmt.Sprintf("%s:%d:%s", d.Path, stat.Ino, d.Name())}, true
 }
 
-// find returns the loop device of a volume, if there is one.
-func (l loops) find(id string) (loop, bool, error) {
-	all, err := l.all()
-	i := slices.IndexFunc(all, func(d loop) bool { return d.volume == id })
-	if err != nil || i < 0 {
-		return loop{}, false, err
-	}
-	return all[i], true, nil
-}
-
+// connect makes a loop device of the file that Cinder names.
 func (l loops) connect(ctx context.Context, to connection) (block, error) {
-	d, err := l.attach(ctx, to.volume, to.info)
-	return d.block, err
+	file, err := l.file(ctx, to.volume, to.info)
+	if err != nil {
+		return block{}, err
+	}
+	d, ok, err := l.of(ctx, to.volume, file)
+	if err == nil && !ok {
+		d.volume = to.volume
+		d.Device, err = loop.Attach(ctx, file)
+	}
+	if err != nil {
+		return block{}, err
+	}
+	b, ok := d.block()
+	if !ok {
+		return block{}, fmt.Errorf("%s has lost its file %s: %w", d.Path, file, backends.ErrUnavailable)
+	}
+	return b, nil
 }
 
-// attach makes a loop device of the file that Cinder names.
-func (l loops) attach(ctx context.Context, id string, info map[string]any) (loop, error) {
-	file, err := l.file(id, info)
+// of returns the loop device of a volume's file, if there is one. It is an error if one has
+// another file of that volume.
+func (l loops) of(ctx context.Context, volume, file string) (loopDevice, bool, error) {
+	here, err := loop.In(ctx, filepath.Dir(file))
 	if err != nil {
-		return loop{}, err
+		return loopDevice{}, false, err
 	}
-	if d, ok, err := l.find(id); ok || err != nil {
-		if ok && d.file != file {
-			err = fmt.Errorf("%s has %s, and Cinder says %s: %w", d.path, d.file, file, backends.ErrInUse)
+	all, err := l.all(ctx)
+	for _, d := range all {
+		switch {
+		case d.volume != volume:
+		case slices.Contains(here, d.Device) && d.Name() == filepath.Base(file) && !d.Deleted():
+			return d, true, nil
+		default:
+			return d, false, fmt.Errorf("%s has %s, and Cinder says %s: %w", d.Path, d.File, file, backends.ErrInUse)
 		}
-		return d, err
 	}
-	out, err := exec.CommandContext(ctx, "losetup", "--find", "--show", "--direct-io=on", file).CombinedOutput()
-	if err != nil {
-		return loop{}, fmt.Errorf("make a loop device of %s: %w (%s): %w", file, err, strings.TrimSpace(string(out)), backends.ErrUnavailable)
-	}
-	d, ok, err := l.find(id)
-	if err == nil && (!ok || d.path != strings.TrimSpace(string(out)) || d.file != file) {
-		err = fmt.Errorf("losetup has made %s of %s, and the kernel says %s of %s: %w", strings.TrimSpace(string(out)), file, d.path, d.file, backends.ErrUnavailable)
-	}
-	return d, err
+	return loopDevice{}, false, err
 }
 
 // file returns the path on this host of the file that Cinder names.
-func (l loops) file(id string, info map[string]any) (string, error) {
+func (l loops) file(ctx context.Context, id string, info map[string]any) (string, error) {
 	if err := of(id, info, "nfs"); err != nil {
 		return "", err
 	}
@@ -141,15 +131,23 @@ func (l loops) file(id string, info map[string]any) (string, error) {
 	case name != filepath.Base(name) || idInName.FindString(name) != id:
 		return "", fmt.Errorf("volume %s has the file name %q, which is not made of its id (Cinder's volume_name_template): %w", id, name, backends.ErrInvalid)
 	}
-	dir, err := filepath.EvalSymlinks(dir)
+	answer := make(chan string, 1)
+	err := loop.Bounded(ctx, 30*time.Second, "share "+share, func() error {
+		at, err := filepath.EvalSymlinks(dir)
+		if err != nil {
+			return fmt.Errorf("share %s is not mounted here: %w; %w", share, err, backends.ErrUnavailable)
+		}
+		path := filepath.Join(at, name)
+		if _, err := os.Stat(path); err != nil {
+			return fmt.Errorf("volume %s is not to be seen on this host; is share %s mounted at %s? %w; %w", id, share, at, err, backends.ErrUnavailable)
+		}
+		answer <- path
+		return nil
+	})
 	if err != nil {
-		return "", fmt.Errorf("share %s is not mounted here: %w; %w", share, err, backends.ErrUnavailable)
+		return "", err
 	}
-	path := filepath.Join(dir, name)
-	if _, err := os.Stat(path); err != nil {
-		return "", fmt.Errorf("volume %s is not to be seen on this host; is share %s mounted at %s? %w; %w", id, share, dir, err, backends.ErrUnavailable)
-	}
-	return path, nil
+	return <-answer, nil
 }
 
 // of is an error if a volume is on another kind of storage than this host is set up for.
@@ -173,30 +171,13 @@ func (l loops) lock(context.Context, string) (unlock func(), err error) { return
 // served implements storage.
 func (l loops) served(block) (bool, error) { return true, nil }
 
-// disconnect removes a volume's loop device. The kernel does it later if somebody has it
-// open, which is no detach.
+// disconnect removes a volume's loop device.
 func (l loops) disconnect(ctx context.Context, b block, pace pace) (clean bool, err error) {
-	for started, asked := time.Now(), false; ; {
-		late := time.Since(started) > pace.device
-		d, ok, err := l.find(b.volume)
-		if err != nil || !ok {
-			return err == nil, err
-		}
-		if err := glanced(ctx, disk.Claimed, d.path); err != nil {
-			return false, err
-		}
-		if !asked {
-			out, err := exec.CommandContext(ctx, "losetup", "--detach", d.path).CombinedOutput()
-			if err != nil && ctx.Err() == nil {
-				return false, fmt.Errorf("detach %s: %w (%s): %w", d.path, err, strings.TrimSpace(string(out)), backends.ErrUnavailable)
-			}
-			asked = true
-		}
-		if late {
-			return false, fmt.Errorf("%s still has its file: %w", d.path, backends.ErrInUse)
-		}
-		if err := sleep(ctx, pace.first/5); err != nil {
-			return false, err
+	all, err := l.all(ctx)
+	for _, d := range all {
+		if d.volume == b.volume && err == nil {
+			err = d.Detach(ctx, pace.device, func() {})
 		}
 	}
+	return err == nil, err
 }

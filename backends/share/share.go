@@ -134,7 +134,7 @@ func (b *Backend) Attach(ctx context.Context, req backends.AttachRequest) (backe
 
 // connect makes the data a loop device, unless it is one, and disconnect undoes it.
 func (b *Backend) connect(ctx context.Context, ref string, size int64) (string, error) {
-	file, d, err := b.dir.Device(b.name(ref) + ".img")
+	file, d, err := b.dir.Device(ctx, b.name(ref)+".img")
 	if err != nil || d.Path != "" {
 		return d.Path, err
 	}
@@ -145,7 +145,7 @@ func (b *Backend) connect(ctx context.Context, ref string, size int64) (string, 
 }
 
 func (b *Backend) disconnect(ctx context.Context, ref string) error {
-	_, d, err := b.dir.Device(b.name(ref) + ".img")
+	_, d, err := b.dir.Device(ctx, b.name(ref)+".img")
 	if d.Path != "" && err == nil {
 		err = d.Detach(ctx, 10*time.Second, func() {})
 	}
@@ -183,7 +183,7 @@ func (b *Backend) Attachments(ctx context.Context) ([]backends.Attachment, error
 		all, err := links.Find[backends.Attachment](&b.dir, b.cluster+".", ".held")
 		for _, att := range all {
 			if att.Node == b.node && err == nil {
-				_, d, wrong := b.dir.Device(b.name(att.Ref) + ".img")
+				_, d, wrong := b.dir.Device(ctx, b.name(att.Ref)+".img")
 				att.Device, err = d.Path, wrong
 				mine = append(mine, att)
 			}

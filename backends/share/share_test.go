@@ -244,6 +244,17 @@ func TestContainerRestarted(t *testing.T) {
 	}
 	att.Device = strings.TrimSpace(string(out))
 	s.wantAttached(t, s.a, att)
+	copied := filepath.Join(t.TempDir(), "copy")
+	if out, err := exec.Command("cp", "-a", s.dir, copied).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	other, err := share.New(share.Config{Dir: copied}, "a", s.cluster)
+	if err != nil {
+		t.Fatal(err)
+	}
+	there := att
+	there.Device = ""
+	s.wantAttached(t, other, there)
 	if again := s.attach(t, s.a, 1); again != att {
 		t.Errorf("got %+v, want %+v", again, att)
 	}

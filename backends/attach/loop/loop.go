@@ -1,8 +1,8 @@
-// Package loop makes a block device of a file that a program shows through FUSE, for
-// kernels without a driver of their own for a storage.
+// Package loop makes a block device of a file: one that a program shows through FUSE, for
+// kernels without a driver of their own for a storage, or one on a filesystem that hosts share.
 //
-// A file of FUSE answers only as long as its program does, so a look at a device never
-// touches the file: what there is comes from sysfs, and all that may wait is bounded.
+// Such a file answers only as long as its program, or its server, does. So what there is
+// comes from sysfs, and all that may wait for a file is bounded.
 package loop
 
 import (
@@ -29,6 +29,15 @@ type Device struct {
 	File string
 }
 
+// deleted is what the kernel adds to the path of a file that was deleted.
+const deleted = " (deleted)"
+
+// Name is the name of the file in its directory.
+func (d Device) Name() string { return strings.TrimSuffix(filepath.Base(d.File), deleted) }
+
+// Deleted says that the file has no name any more. Another may have it.
+func (d Device) Deleted() bool { return strings.HasSuffix(d.File, deleted) }
+
 // Devices returns the loop devices whose files are below a directory.
 func Devices(dir string) ([]Device, error) {
 	entries, err := os.ReadDir("/sys/block")
@@ -50,6 +59,67 @@ func Devices(dir string) ([]Device, error) {
 		}
 	}
 	return found, nil
+}
+
+// In returns the loop devices whose files are, or were until they were deleted, in a directory.
+//
+// Once the mount namespace has ended in which a device was made, as with a container, the
+// kernel shows only the end of what the file's path was in it. Other directories may have a
+// file of that name, so the kernel is asked whether it is this one.
+func In(ctx context.Context, dir string) ([]Device, error) {
+	var found []Device
+	err := Bounded(ctx, 30*time.Second, dir, func() error {
+		dir, err := filepath.EvalSymlinks(dir)
+		if err != nil {
+			return err
+		}
+		all, err := Devices("/")
+		if err != nil {
+			return err
+		}
+		for _, d := range all {
+			path, shown := filepath.Join(dir, d.Name()), strings.TrimSuffix(d.File, deleted)
+			here := path == shown || d.Deleted() && strings.HasSuffix(path, shown)
+			if !here && strings.HasSuffix(path, shown) {
+				if here, err = d.has(path); err != nil {
+					return err
+				}
+			}
+			if here {
+				found = append(found, d)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, unavailable(fmt.Errorf("find loop devices of %s: %w", dir, err))
+	}
+	return found, nil
+}
+
+// has says whether this is the device's file, whatever path the kernel shows.
+func (d Device) has(path string) (bool, error) {
+	var file unix.Stat_t
+	err := unix.Stat(path, &file)
+	if errors.Is(err, unix.ENOENT) {
+		return false, nil
+	}
+	if err != nil {
+		return false, &os.PathError{Op: "stat", Path: path, Err: err}
+	}
+	f, err := open(d.Path, os.O_RDONLY)
+	if errors.Is(err, unix.ENXIO) || errors.Is(err, fs.ErrNotExist) {
+		return false, nil // it has gone
+	}
+	if err != nil {
+		return false, err
+	}
+	info, err := unix.IoctlLoopGetStatus64(int(f.Fd()))
+	err = errors.Join(os.NewSyscallError("LOOP_GET_STATUS64", err), f.Close())
+	if errors.Is(err, unix.ENXIO) {
+		return false, nil // it has no file any more
+	}
+	return err == nil && info.Device == uint64(file.Dev) && info.Inode == file.Ino, err
 }
 
 // backing returns the file of a device; empty if it has none.
@@ -136,9 +206,9 @@ func open(path string, flags int) (*os.File, error) {
 	return os.OpenFile(path, flags, 0)
 }
 
-// settle is how long a device may be open to somebody who merely looks at it, as udev
-// does.
-const settle = 500 * time.Millisecond
+// looks is how often a device may be found open, for half a second in all, to somebody who merely
+// looks at it, as udev does. Counted, as a busy machine is slow to close things.
+const looks = 12
 
 // errBusy: somebody has the device open.
 var errBusy = errors.New("open or mounted")
@@ -148,7 +218,7 @@ var errBusy = errors.New("open or mounted")
 // what it may still hold is written; if that takes longer than hang, stuck is called,
 // which makes all I/O of the file fail.
 func (d Device) Detach(ctx context.Context, hang time.Duration, stuck func()) error {
-	for started, pause := time.Now(), time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
+	for look, pause := 1, time.Millisecond; ; look, pause = look+1, min(2*pause, 100*time.Millisecond) {
 		file, err := backing(d.Path)
 		if err != nil {
 			return unavailable(err)
@@ -162,7 +232,7 @@ func (d Device) Detach(ctx context.Context, hang time.Duration, stuck func()) er
 			return d.gone(ctx)
 		case !errors.Is(err, errBusy):
 			return unavailable(fmt.Errorf("detach %s: %w", d.Path, err))
-		case time.Since(started) > settle:
+		case look >= looks:
 			return fmt.Errorf("%s is open or mounted: %w", d.Path, backends.ErrInUse)
 		}
 		if err := sleep(ctx, pause); err != nil {

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"slices"
@@ -98,6 +99,7 @@ type Server struct {
 	bucket   float64
 	filled   time.Time
 	number   int
+	salt     uint64 // makes this imitation's ids its own
 	closed   chan struct{}
 }
 
@@ -127,7 +129,7 @@ func New(cfg Config, guest Guest) *Server {
 	s := &Server{
 		cfg: cfg, guest: guest, volumes: map[string]*volume{}, servers: map[string]*server{}, atts: map[string]*attachment{},
 		forced: map[string]bool{}, down: map[string]bool{}, messages: map[string]string{}, tokens: map[string]string{},
-		calls: map[string]int{}, bucket: cfg.Burst, filled: time.Now(), closed: make(chan struct{}),
+		calls: map[string]int{}, bucket: cfg.Burst, filled: time.Now(), salt: rand.Uint64N(1 << 47), closed: make(chan struct{}),
 	}
 	s.Server = httptest.NewServer(http.HandlerFunc(s.serve))
 	s.Server.Config.SetKeepAlivesEnabled(false) // a test has many clients, and nobody closes them
@@ -146,9 +148,9 @@ func (s *Server) CinderURL() string { return s.URL + "/volume/v3" }
 // ID returns a new UUID.
 func (s *Server) id() string {
 	s.number++
-	// Spread, so that the order of ids is not that of making them.
+	// Spread, so that the order of ids is not that of making them; and no other imitation's.
 	n := uint64(s.number) * 0x9e3779b97f4a7c15
-	return fmt.Sprintf("%08x-%04x-4%03x-8%03x-%012x", n>>32, n>>16&0xffff, n&0xfff, n>>12&0xfff, s.number)
+	return fmt.Sprintf("%08x-%04x-4%03x-8%03x-%012x", n>>32, n>>16&0xffff, n&0xfff, n>>12&0xfff, s.salt+uint64(s.number))
 }
 
 // AddServer makes a server that runs on a compute host.

@@ -139,18 +139,17 @@ func (d *Dir) File(name string, size int64) error {
 	return errors.Join(err, f.Sync(), f.Close(), d.sync())
 }
 
-// Device returns the path of a file and, if it has one on this host, its loop device. Once a
-// container has ended, the kernel shows only the end of what was the file's path in it.
-func (d *Dir) Device(name string) (path string, device loop.Device, err error) {
+// Device returns the path of a file and, if it has one on this host, its loop device.
+func (d *Dir) Device(ctx context.Context, name string) (path string, device loop.Device, err error) {
 	dir, err := filepath.EvalSymlinks(d.Path)
 	if err != nil {
 		return "", device, err
 	}
 	path = filepath.Join(dir, name)
-	devices, err := loop.Devices("/")
+	devices, err := loop.In(ctx, dir)
 	for _, device := range devices {
-		if strings.HasSuffix(path, device.File) {
-			return path, device, err
+		if device.Name() == name && !device.Deleted() {
+			return path, device, nil
 		}
 	}
 	return path, device, err
