@@ -30,13 +30,15 @@ func (c *cli) root() *cobra.Command {
 	root.SetErr(c.errout)
 	root.PersistentFlags().StringVar(&c.socket, "socket", cmp.Or(c.socket, api.Socket), "the plugin's control `socket`; FLOCKER_CONTROL in the environment is the same")
 	root.AddCommand(
-		c.ls(), c.inspect(), c.status(), c.doctor(), c.versionOf(),
+		c.ls(), c.inspect(), c.status(), c.doctor(), c.supportBundle(), c.versionOf(),
 		c.group("node", "The hosts of the cluster", c.nodeLs(), c.confirmDead()),
 		c.group("backend", "The storage backends of this host", c.backendLs()),
 		c.group("volume", "Repairs of volumes", c.reinstate()),
 		c.group("cluster", "Repairs of the cluster as a whole", c.acceptRestore()),
 		c.group("ca", "Certificates of the cluster's hosts and users", c.caInit(), c.caNode(), c.caUser()),
+		c.completionOf(root),
 	)
+	completions(root)
 	return root
 }
 
@@ -97,7 +99,8 @@ func (c *cli) confirmDead() *cobra.Command {
 		Example: c.example(
 			`node confirm-dead host-a --because "power supply burnt, unplugged"`,
 			"node confirm-dead host-a --force --confirm host-a"),
-		Args: one("HOST"),
+		Args:              one("HOST"),
+		ValidArgsFunction: complete(1, c.hostNames(func(n api.Node) bool { return n.Death == nil })),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			host := args[0]
 			switch {
@@ -155,8 +158,9 @@ func (c *cli) reinstate() *cobra.Command {
 		Long: "Let a volume in quarantine be mounted again.\n\n" +
 			"A volume is put there when using it might damage it further; docker volume inspect\n" +
 			"says why (Status.detail). Look into that first: nothing is repaired by this.",
-		Example: c.example("volume reinstate db"),
-		Args:    one("NAME"),
+		Example:           c.example("volume reinstate db"),
+		Args:              one("NAME"),
+		ValidArgsFunction: complete(1, c.volumeNames(func(v api.Volume) bool { return v.State == "quarantined" })),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			done, err := c.client().Reinstate(cmd.Context(), args[0], api.Reinstatement{By: c.by})
 			if err != nil {
@@ -200,5 +204,6 @@ func (c *cli) acceptRestore() *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&body.Typed, "confirm", "", "the `word` "+api.Restored+", for scripts")
+	_ = cmd.RegisterFlagCompletionFunc("confirm", words(api.Restored)) // it has the flag
 	return cmd
 }

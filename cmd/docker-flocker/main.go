@@ -39,7 +39,7 @@ func main() {
 		socket:   os.Getenv("FLOCKER_CONTROL"),
 	}
 	args := os.Args[1:]
-	if os.Getenv(callerVariable) != "" {
+	if os.Getenv(callerVariable) != "" || completedByDocker(args) {
 		c.name, args = "docker flocker", own(args)
 	}
 	os.Exit(c.run(context.Background(), args))
@@ -92,10 +92,31 @@ type metadata struct {
 	SchemaVersion, Vendor, Version, ShortDescription, URL string
 }
 
+// completedByDocker says that the shell completes a line that begins with docker
+// flocker. Docker's script for it calls its plugins with that line, and no sign in the
+// environment.
+func completedByDocker(args []string) bool {
+	if len(args) == 0 || !strings.HasPrefix(args[0], "__complete") {
+		return false
+	}
+	for i, arg := range args[1:] {
+		switch {
+		case slices.Contains(withValue, args[i]):
+		case arg == "flocker":
+			return true
+		case !strings.HasPrefix(arg, "-"):
+			return false
+		}
+	}
+	return false
+}
+
+// withValue are the flags of the Docker CLI that take one.
+var withValue = []string{"-c", "--context", "--config", "-H", "--host", "-l", "--log-level", "--tlscacert", "--tlscert", "--tlskey"}
+
 // own is the part of the arguments that is for us. The Docker CLI passes all of
 // its own, too: docker --debug flocker node ls.
 func own(args []string) []string {
-	withValue := []string{"-c", "--context", "--config", "-H", "--host", "-l", "--log-level", "--tlscacert", "--tlscert", "--tlskey"}
 	var kept []string
 	for i, arg := range args {
 		switch {

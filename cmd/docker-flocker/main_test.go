@@ -489,6 +489,11 @@ func TestDockerCLI(t *testing.T) {
 				t.Errorf("%s %q: %+v", client, args, got)
 			}
 		}
+		if major, _, _ := strings.Cut(docker("version", "--format", "{{.Client.Version}}").out, "."); len(major) == 2 && major >= "23" {
+			if got := docker("__complete", "flocker", "node", "confirm-dead", ""); got.out != "a\tlive\n:4\n" {
+				t.Errorf("%s: completes %+v", client, got)
+			}
+		}
 		if got := docker("--help"); !strings.Contains(got.out, "flocker*") || !strings.Contains(got.out, "Volumes that follow containers: hosts and repairs") {
 			t.Errorf("%s --help does not list it:\n%s%s", client, got.out, got.errout)
 		}

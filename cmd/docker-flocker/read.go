@@ -84,7 +84,8 @@ func (c *cli) inspect() *cobra.Command {
 		Long: "Show all there is to know of volumes.\n\n" +
 			"It prints JSON, or what --format makes of each volume. What is mounted is only known\n" +
 			"on the host that has it mounted, and so are the containers.",
-		Example: c.example("inspect db", "inspect --format '{{.State}}' db"),
+		Example:           c.example("inspect db", "inspect --format '{{.State}}' db"),
+		ValidArgsFunction: complete(0, c.volumeNames(nil)),
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) == 0 {
 				return errors.New("it takes at least one argument, NAME")
