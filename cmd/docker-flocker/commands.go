@@ -25,10 +25,7 @@ func (c *cli) root() *cobra.Command {
 		SilenceUsage:      true,
 		CompletionOptions: cobra.CompletionOptions{DisableDefaultCmd: true},
 	}
-	root.SetIn(c.in)
-	root.SetOut(c.out)
-	root.SetErr(c.errout)
-	root.PersistentFlags().StringVar(&c.socket, "socket", cmp.Or(c.socket, api.Socket), "the plugin's control `socket`; FLOCKER_CONTROL in the environment is the same")
+	root.PersistentFlags().StringVar(&c.socket, "socket", c.control(), "the plugin's control `socket`; FLOCKER_CONTROL in the environment is the same")
 	root.AddCommand(
 		c.ls(), c.inspect(), c.status(), c.doctor(), c.supportBundle(), c.versionOf(),
 		c.group("node", "The hosts of the cluster", c.nodeLs(), c.confirmDead()),
@@ -38,6 +35,17 @@ func (c *cli) root() *cobra.Command {
 		c.group("ca", "Certificates of the cluster's hosts and users", c.caInit(), c.caNode(), c.caUser()),
 		c.completionOf(root),
 	)
+	return c.prepare(root)
+}
+
+// control is the socket that is asked if no other is named.
+func (c *cli) control() string { return cmp.Or(c.socket, api.Socket) }
+
+// prepare does what is the same for all commands.
+func (c *cli) prepare(root *cobra.Command) *cobra.Command {
+	root.SetIn(c.in)
+	root.SetOut(c.out)
+	root.SetErr(c.errout)
 	completions(root)
 	return root
 }

@@ -28,6 +28,9 @@ func documented(t *testing.T, heading string) []example {
 	shown := false
 	for line := range strings.Lines(section) {
 		args, typed := strings.CutPrefix(line, "$ docker flocker ")
+		if !typed {
+			args, typed = strings.CutPrefix(line, "$ flockerctl ")
+		}
 		switch {
 		case typed:
 			examples, shown = append(examples, example{args: strings.Fields(args)}), true

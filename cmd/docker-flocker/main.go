@@ -12,6 +12,7 @@ import (
 	"io"
 	"os"
 	"os/user"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -39,6 +40,9 @@ func main() {
 		socket:   os.Getenv("FLOCKER_CONTROL"),
 	}
 	args := os.Args[1:]
+	if filepath.Base(os.Args[0]) == original {
+		c.name = original
+	}
 	if os.Getenv(callerVariable) != "" || completedByDocker(args) {
 		c.name, args = "docker flocker", own(args)
 	}
@@ -65,12 +69,15 @@ func (c *cli) run(ctx context.Context, args []string) int {
 	if slices.Equal(args, []string{metadataCommand}) {
 		enc := json.NewEncoder(c.out)
 		enc.SetIndent("", "  ")
-		if enc.Encode(metadata{"0.1.0", "The Flocker authors", version, "Volumes that follow containers: hosts and repairs", "https://github.com/flocker-plugin/flocker"}) != nil {
+		if enc.Encode(pluginMetadata{"0.1.0", "The Flocker authors", version, "Volumes that follow containers: hosts and repairs", "https://github.com/flocker-plugin/flocker"}) != nil {
 			return 1
 		}
 		return 0
 	}
 	root := c.root() //nolint:contextcheck // the commands get ctx with ExecuteContextC
+	if c.name == original {
+		root = c.flockerctl() //nolint:contextcheck // the same
+	}
 	root.SetArgs(args)
 	cmd, err := root.ExecuteContextC(ctx)
 	if err == nil {
@@ -87,8 +94,8 @@ func (c *cli) run(ctx context.Context, args []string) int {
 	return 2
 }
 
-// metadata is what the Docker CLI wants to know.
-type metadata struct {
+// pluginMetadata is what the Docker CLI wants to know.
+type pluginMetadata struct {
 	SchemaVersion, Vendor, Version, ShortDescription, URL string
 }
 

@@ -174,13 +174,13 @@ func tabbed(w io.Writer, lines []string) error {
 // table prints lines, words between tabs, in columns. If that is too wide, the
 // columns come closer, and then the widest of them are cut.
 func table(w io.Writer, lines []string, whole bool) error {
-	cells := make([][]string, len(lines))
+	rows := make([][]string, len(lines))
 	var widths []int
 	for i, line := range lines {
-		cells[i] = strings.Split(line, "\t")
-		widths = append(widths, make([]int, max(0, len(cells[i])-len(widths)))...)
-		for j, cell := range cells[i] {
-			widths[j] = max(widths[j], utf8.RuneCountInString(cell))
+		rows[i] = strings.Split(line, "\t")
+		widths = append(widths, make([]int, max(0, len(rows[i])-len(widths)))...)
+		for j, cell := range rows[i] {
+			widths[j] = max(widths[j], cells(cell))
 		}
 	}
 	gap := 3
@@ -207,13 +207,13 @@ func table(w io.Writer, lines []string, whole bool) error {
 		}
 	}
 	var b strings.Builder
-	for _, row := range cells {
+	for _, row := range rows {
 		var line strings.Builder
 		for j, cell := range row {
-			if length := utf8.RuneCountInString(cell); length > widths[j] {
+			if length := cells(cell); length > widths[j] {
 				cell = string([]rune(cell)[:widths[j]-1]) + "…"
 			}
-			line.WriteString(cell + strings.Repeat(" ", gap+widths[j]-utf8.RuneCountInString(cell)))
+			line.WriteString(cell + strings.Repeat(" ", gap+widths[j]-cells(cell)))
 		}
 		b.WriteString(strings.TrimRight(line.String(), " ") + "\n")
 	}
@@ -221,6 +221,11 @@ func table(w io.Writer, lines []string, whole bool) error {
 		return &failure{fmt.Errorf("print the table: %w", err)}
 	}
 	return nil
+}
+
+// cells is how many of a terminal's a text takes; flockerctl's signs take two.
+func cells(text string) int {
+	return utf8.RuneCountInString(text) + strings.Count(text, "✅") + strings.Count(text, "⌛")
 }
 
 // size is bytes as people say them: 10GiB, 1.5GiB.

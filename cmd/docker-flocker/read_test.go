@@ -41,9 +41,9 @@ func documentedCluster() *fake {
 		},
 		volumes: []driver.Volume{
 			db,
-			volume("logs", "2", "loopback", "ext4", 500<<20, map[string]any{"state": "owner not responding", "owner": "beta", "detail": "host beta has not been heard from"}),
-			volume("scratch", "3", "san", "xfs", 1536<<20, map[string]any{"state": "free"}),
-			volume("www", "4", "san", "xfs", 2<<30, map[string]any{"state": "quarantined", "owner": "alpha", "detail": "the kernel has noted errors in its filesystem"}),
+			volume("logs", "64c1f9d2-0d1b-4b0e-9a3f-0b6d2f1c7a11", "loopback", "ext4", 500<<20, map[string]any{"state": "owner not responding", "owner": "beta", "detail": "host beta has not been heard from"}),
+			volume("scratch", "a07e33d9-5f7c-4f0b-8c52-9a1d5e3b2f42", "san", "xfs", 1536<<20, map[string]any{"state": "free"}),
+			volume("www", "d9b4c6e8-7a21-4d55-b1f3-2c8e6a0f9b73", "san", "xfs", 2<<30, map[string]any{"state": "quarantined", "owner": "alpha", "detail": "the kernel has noted errors in its filesystem"}),
 		},
 	}
 }

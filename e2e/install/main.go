@@ -27,6 +27,9 @@ const stateDir = "/var/lib/flocker"
 // 20.10 on, whoever types it.
 const cli = "/usr/local/lib/docker/cli-plugins/docker-flocker"
 
+// flockerctl is the same command by the name of the original Flocker's.
+var flockerctl = "/usr/local/bin/flockerctl"
+
 func main() {
 	uninstalls := flag.Bool("uninstall", false, "take the plugin off")
 	flag.Parse()
@@ -98,7 +101,28 @@ func installCLI() error {
 	if err := os.WriteFile(cli+".new", program, 0o755); err != nil { //nolint:gosec // it is a program
 		return err
 	}
-	return os.Rename(cli+".new", cli)
+	if err := os.Rename(cli+".new", cli); err != nil {
+		return err
+	}
+	return link()
+}
+
+// link makes flockerctl, unless there is another one.
+func link() error {
+	switch err := os.Symlink(cli, flockerctl); {
+	case err == nil, linked():
+	case errors.Is(err, fs.ErrExist):
+		fmt.Println("note: there is another " + flockerctl + ", which is left as it is")
+	default:
+		return err
+	}
+	return nil
+}
+
+// linked says that flockerctl is ours.
+func linked() bool {
+	to, err := os.Readlink(flockerctl)
+	return err == nil && to == cli
 }
 
 func uninstall(ctx context.Context) error {
@@ -124,6 +148,11 @@ func uninstall(ctx context.Context) error {
 	}
 	if err := os.Remove(cli); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("the plugin is removed, but not docker flocker: %w", err)
+	}
+	if linked() {
+		if err := os.Remove(flockerctl); err != nil {
+			return fmt.Errorf("the plugin is removed, but not flockerctl: %w", err)
+		}
 	}
 	fmt.Println("the plugin is removed; volumes and state are still in " + stateDir)
 	return nil
