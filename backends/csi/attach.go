@@ -458,7 +458,7 @@ func (b *Backend) unpublish(ctx context.Context, f *facts, r reference, node str
 	}
 	_, unheard, err := insist(ctx, b.client, b.client.controller, "ControllerUnpublishVolume", b.controller().ControllerUnpublishVolume,
 		&csi.ControllerUnpublishVolumeRequest{VolumeId: r.ID, NodeId: node, Secrets: secrets})
-	if err == nil && unheard && b.cfg.Fences {
+	if err == nil && unheard {
 		return backends.Classify(errUnheard, sentence(backends.ErrUnavailable,
 			"the CSI driver has unpublished the volume, but did not answer at first; that call may still take effect"))
 	}

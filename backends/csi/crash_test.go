@@ -332,15 +332,20 @@ func unheardOnce() func(csitest.Call) csitest.Fault {
 // An unpublish that got no answer may come late, also if the next one is answered: the
 // driver has to know, which then lets some time pass before the volume is attached again.
 func TestUnpublishUnheard(t *testing.T) {
-	s, cluster, vol := newVolume(t, kinds["fences"].opts, csi.Config{Fences: true, CallTimeout: time.Second})
-	s.Inject(unheardOnce())
-	a := s.node(cluster, "a")
-	att := attach(t, a, vol, 1)
-	wantText(t, a.Detach(t.Context(), att), backends.ErrUnavailable, "detach volume "+vol.ID+": "+unheard)
-	if err := a.Detach(t.Context(), att); err != nil {
-		t.Error(err)
+	for kind, cfg := range map[string]csi.Config{"fences": {Fences: true}, "exclusive": {Exclusive: true}} {
+		t.Run(kind, func(t *testing.T) {
+			cfg.CallTimeout = time.Second
+			s, cluster, vol := newVolume(t, kinds[kind].opts, cfg)
+			s.Inject(unheardOnce())
+			a := s.node(cluster, "a")
+			att := attach(t, a, vol, 1)
+			wantText(t, a.Detach(t.Context(), att), backends.ErrUnavailable, "detach volume "+vol.ID+": "+unheard)
+			if err := a.Detach(t.Context(), att); err != nil {
+				t.Error(err)
+			}
+			down(t, a, vol)
+		})
 	}
-	down(t, a, vol)
 }
 
 // While a node is being cut off it gets nothing any more.

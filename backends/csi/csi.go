@@ -47,8 +47,8 @@ type Config struct {
 	// Exclusive says that the driver publishes a volume to one node at a time. Fences
 	// means it.
 	Exclusive bool `yaml:"exclusive"`
-	// LateCalls is how long after it was sent a call may still take effect, with
-	// Fences; 0 is DefaultLateCalls.
+	// LateCalls is how long after it was sent a call may still take effect; 0 is
+	// DefaultLateCalls.
 	LateCalls time.Duration `yaml:"late_calls"`
 	// CallTimeout is after which time a call is asked again; 0 is DefaultCallTimeout.
 	CallTimeout time.Duration `yaml:"call_timeout"`
@@ -190,9 +190,12 @@ func (b *Backend) Properties() backends.Properties {
 		Name: b.cfg.Name, Class: backends.ClassNone, ExclusiveAttach: b.cfg.Exclusive,
 		AllocationUnit: int64(b.cfg.AllocationUnit), MinSize: int64(b.cfg.MinSize), MaxSize: int64(b.cfg.MaxSize),
 		Type: "csi", Profiles: slices.Sorted(maps.Keys(b.cfg.Profiles)),
+		// Without Fences, too: an unpublish that comes late takes the next attachment's device
+		// away under who writes to it.
+		LateCalls: b.cfg.LateCalls,
 	}
 	if b.cfg.Fences {
-		p.Class, p.ExclusiveAttach, p.LateCalls = backends.ClassExclusive, true, b.cfg.LateCalls
+		p.Class, p.ExclusiveAttach = backends.ClassExclusive, true
 		p.FenceTime = 4 * b.cfg.CallTimeout // a call that was not answered is made again
 	}
 	return p

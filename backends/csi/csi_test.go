@@ -69,7 +69,7 @@ func TestProperties(t *testing.T) {
 	if b, err = csi.New(csi.Config{Endpoint: "/s"}, self); err != nil {
 		t.Fatal(err)
 	}
-	if p := b.Properties(); p.Name != "csi" || p.Class != backends.ClassNone || p.ExclusiveAttach || p.LateCalls != 0 || p.AllocationUnit != 1<<20 {
+	if p := b.Properties(); p.Name != "csi" || p.Class != backends.ClassNone || p.ExclusiveAttach || p.LateCalls != 2*time.Minute || p.AllocationUnit != 1<<20 {
 		t.Errorf("without: %+v", p)
 	}
 }
