@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -12,7 +13,8 @@ import (
 	"github.com/flocker-plugin/flocker/backends/attach/rbdmap"
 )
 
-// attached is a device of this node, by its label: <id>,<token>,<reference>.
+// attached is a device of this node, by its label: <id>,<token>,<reference>. One without a
+// path was begun by an Attach that is under way, or whose process was killed.
 type attached struct {
 	id     string
 	token  int64
@@ -40,14 +42,22 @@ func (b *Backend) attachment(a attached) backends.Attachment {
 	}
 }
 
-// locals returns what is attached here. It asks the kernel alone.
+// locals returns what is attached here, or was begun to be. It asks the kernel alone.
 func (b *Backend) locals() ([]attached, error) {
+	begun, err := b.attacher.Begun()
+	if err != nil {
+		return nil, err
+	}
 	devices, err := b.attacher.Devices()
 	if err != nil {
 		return nil, err
 	}
+	// One that has come to its end between the two is there twice.
+	begun = slices.DeleteFunc(begun, func(d rbdmap.Device) bool {
+		return slices.ContainsFunc(devices, func(made rbdmap.Device) bool { return made.Label == d.Label })
+	})
 	var found []attached
-	for _, d := range devices {
+	for _, d := range append(devices, begun...) {
 		if a, ok := parseLabel(d.Label); ok {
 			a.device = d
 			found = append(found, a)
@@ -67,7 +77,8 @@ func (b *Backend) local(ref string) (attached, bool, error) {
 	return attached{}, false, err
 }
 
-// Attachments implements backends.Backend.
+// Attachments implements backends.Backend. What was begun has no device; its Detach undoes
+// it.
 func (b *Backend) Attachments(ctx context.Context) ([]backends.Attachment, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, fmt.Errorf("list attachments: %w", err)
@@ -99,14 +110,14 @@ func (b *Backend) Attach(ctx context.Context, req backends.AttachRequest) (backe
 
 func (b *Backend) attach(ctx context.Context, req backends.AttachRequest) (backends.Attachment, error) {
 	none := backends.Attachment{}
-	v, err := b.find(ctx, req.Ref)
+	image, err := b.named(ctx, req.Ref)
 	if err != nil {
 		return none, err
 	}
-	if v.ID != req.Volume || req.Token < 0 {
+	if datasetOf(req.Ref) != req.Volume || req.Token < 0 {
 		return none, fmt.Errorf("%s is not volume %s, or token %d is negative: %w", req.Ref, req.Volume, req.Token, backends.ErrInvalid)
 	}
-	unlock, err := b.lock(ctx, v.ID)
+	unlock, err := b.lock(ctx, req.Volume)
 	if err != nil {
 		return none, err
 	}
@@ -116,15 +127,9 @@ func (b *Backend) attach(ctx context.Context, req backends.AttachRequest) (backe
 	case err != nil:
 		return none, err
 	case ok && a.token != req.Token:
-		return none, &backends.AttachedError{Volume: v.ID, Node: b.self.Node, Token: a.token}
+		return none, &backends.AttachedError{Volume: req.Volume, Node: b.self.Node, Token: a.token}
 	case ok:
-		served, err := b.attacher.Served(a.device.Label)
-		if err == nil {
-			err = b.notCut(ctx, v, req.Token)
-		}
-		if err == nil && !served { // its program has died
-			_, err = b.attacher.Unmap(ctx, a.device.Label)
-		}
+		served, err := b.served(ctx, image, a)
 		if err != nil {
 			return none, err
 		}
@@ -132,8 +137,16 @@ func (b *Backend) attach(ctx context.Context, req backends.AttachRequest) (backe
 			return b.attachment(a), nil
 		}
 	}
-	for started := time.Now(); ; {
-		if err := b.unclaimed(ctx, v); err != nil {
+	v, err := b.find(ctx, req.Ref)
+	if err != nil {
+		return none, err
+	}
+	h, held, err := b.holder(ctx, image)
+	for started := time.Now(); ; h, held, err = b.holder(ctx, image) {
+		if err == nil {
+			err = b.unclaimed(ctx, v, h, held)
+		}
+		if err != nil {
 			return none, err
 		}
 		a, err := b.connect(ctx, v, req.Token)
@@ -149,13 +162,45 @@ func (b *Backend) attach(ctx context.Context, req backends.AttachRequest) (backe
 	}
 }
 
-// unclaimed returns when there is no claim to a volume, or says whose there is.
-func (b *Backend) unclaimed(ctx context.Context, v *volume) error {
-	for started := time.Now(); ; {
-		h, ok, err := b.holder(ctx, v.image)
+// served says whether a device of this node can be used. One of which the program has died,
+// or that was begun and no more, is undone.
+func (b *Backend) served(ctx context.Context, image rbdmap.Image, a attached) (served bool, err error) {
+	if a.device.Path != "" {
+		if _, err := b.find(ctx, a.ref); err != nil {
+			return false, err
+		}
+		if err := b.notCut(ctx, image, a.token); err != nil {
+			return false, err
+		}
+		if served, err = b.attacher.Served(a.device.Label); served || err != nil {
+			return served, err
+		}
+	}
+	return false, b.undo(ctx, image, a)
+}
+
+// undo ends what this node has, and removes its claim.
+func (b *Backend) undo(ctx context.Context, image rbdmap.Image, a attached) error {
+	clean, err := b.attacher.Unmap(ctx, a.device.Label)
+	if err != nil {
+		return err
+	}
+	h, ok, err := b.holder(ctx, image)
+	switch {
+	case err != nil || !ok || h.id != a.id:
+		return err
+	case clean:
+		return b.drop(ctx, image, h)
+	}
+	// Something it has sent may be on its way.
+	_, err = b.cut(ctx, image, h)
+	return err
+}
+
+// unclaimed returns when there is no claim to a volume any more, or says whose there is.
+func (b *Backend) unclaimed(ctx context.Context, v *volume, h holder, held bool) error {
+	for started := time.Now(); held; {
 		switch {
-		case err != nil || !ok:
-			return err
 		case h.deletes:
 			if _, err := b.find(ctx, v.Ref); err != nil {
 				return err // it is gone
@@ -171,11 +216,16 @@ func (b *Backend) unclaimed(ctx context.Context, v *volume) error {
 		default:
 			// Nothing here has it: its client died, perhaps with the host, and something
 			// it has sent may be on its way.
-			if _, err := b.cut(ctx, v, h); err != nil {
+			if _, err := b.cut(ctx, v.image, h); err != nil {
 				return err
 			}
 		}
+		var err error
+		if h, held, err = b.holder(ctx, v.image); err != nil {
+			return err
+		}
 	}
+	return nil
 }
 
 // errHalfGone: somebody is removing the image, or Ceph has lost a part of it.
@@ -193,7 +243,7 @@ func (b *Backend) connect(ctx context.Context, v *volume, token int64) (attached
 		// claim; who deletes the volume removes the image before its own claim.
 		_, err := b.find(ctx, v.Ref)
 		if err == nil {
-			err = b.notCut(ctx, v, token)
+			err = b.notCut(ctx, v.image, token)
 		}
 		if err != nil {
 			// The client has had no device, so nothing can come of it.
@@ -217,10 +267,10 @@ func (b *Backend) connect(ctx context.Context, v *volume, token int64) (attached
 }
 
 // notCut is ErrInUse if this node was cut off from the volume under the token.
-func (b *Backend) notCut(ctx context.Context, v *volume, token int64) error {
-	most, err := b.cutUpTo(ctx, v.image, b.self.Node)
+func (b *Backend) notCut(ctx context.Context, image rbdmap.Image, token int64) error {
+	most, err := b.cutUpTo(ctx, image, b.self.Node)
 	if err == nil && most >= token {
-		err = fmt.Errorf("this host was cut off from %s under ownership token %d, and this one is %d: %w", v.image.Spec(), most, token, backends.ErrInUse)
+		err = fmt.Errorf("this host was cut off from %s under ownership token %d, and this one is %d: %w", image.Spec(), most, token, backends.ErrInUse)
 	}
 	return err
 }
@@ -261,4 +311,40 @@ func (b *Backend) detach(ctx context.Context, att backends.Attachment) error {
 	// If it cannot be removed, whoever comes next finds a client that is gone.
 	_ = b.release(ctx, b.image(parts[1], parts[len(parts)-1]), a.id)
 	return nil
+}
+
+// clear undoes what is left on this host of an Attach whose process was killed.
+func (b *Backend) clear(ctx context.Context, v *volume) error {
+	begun := func() (attached, bool, error) {
+		a, ok, err := b.local(v.Ref)
+		return a, ok && a.device.Path == "", err
+	}
+	if _, ok, err := begun(); err != nil || !ok {
+		return err
+	}
+	unlock, err := b.lock(ctx, v.ID)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	a, ok, err := begun() // or it was under way
+	if err != nil || !ok {
+		return err
+	}
+	return b.undo(ctx, v.image, a)
+}
+
+// dead says that a claim of this node is of no device here any more, nor will be, as after
+// a power cut.
+func (b *Backend) dead(ctx context.Context, v *volume, h holder) (bool, error) {
+	if h.node != b.self.Node {
+		return false, nil
+	}
+	unlock, err := b.lock(ctx, v.ID) // an Attach may be under way
+	if err != nil {
+		return false, err
+	}
+	defer unlock()
+	a, ok, err := b.local(v.Ref)
+	return err == nil && (!ok || a.id != h.id), err
 }

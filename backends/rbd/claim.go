@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"maps"
 	"net/url"
 	"slices"
 	"strconv"
@@ -148,7 +149,6 @@ const watchTimeout = 35 * time.Second
 // claimDelete takes the claim for a volume that is to be deleted, and returns its id.
 func (b *Backend) claimDelete(ctx context.Context, v *volume) (id string, err error) {
 	c := claim{deletes: true, id: newID(), node: b.self.Node}
-	stale, since := "", time.Time{}
 	for {
 		if err := b.claim(ctx, v.image, c); !errors.Is(err, errClaimed) {
 			return c.id, err
@@ -167,24 +167,60 @@ func (b *Backend) claimDelete(ctx context.Context, v *volume) (id string, err er
 		if err != nil {
 			return "", err
 		}
+		attached := &backends.AttachedError{Volume: v.ID, Node: h.node, Token: h.token}
 		if slices.ContainsFunc(watchers, func(w rbdmap.Watcher) bool { return w.Address == h.address }) {
-			return "", &backends.AttachedError{Volume: v.ID, Node: h.node, Token: h.token}
+			b.heard(h)
+			return "", attached
 		}
 		// A client that has just lost its connection watches again soon; one that has
 		// died, with its host, does not.
-		if stale != h.id {
-			stale, since = h.id, time.Now()
+		dead, err := b.dead(ctx, v, h)
+		if err != nil {
+			return "", err
 		}
-		if time.Since(since) > watchTimeout {
-			if _, err := b.cut(ctx, v, h); err != nil {
+		wait := watchTimeout - b.unheard(h)
+		switch end, ok := ctx.Deadline(); {
+		case dead || wait <= 0:
+			if _, err := b.cut(ctx, v.image, h); err != nil {
 				return "", err
 			}
-			continue
-		}
-		if err := sleep(ctx, time.Second); err != nil {
-			return "", errors.Join(&backends.AttachedError{Volume: v.ID, Node: h.node, Token: h.token}, err)
+			b.heard(h)
+		case ok && time.Until(end) < wait:
+			return "", fmt.Errorf("client %s, which has it under ownership token %d, is no watcher of %s any more; if it is none in %s either, "+
+				"the next try after that cuts it off and goes on: %w", h.address, h.token, v.image.Spec(), max(wait.Round(time.Second), time.Second), attached)
+		default:
+			if err := sleep(ctx, time.Second); err != nil {
+				return "", errors.Join(attached, err)
+			}
 		}
 	}
+}
+
+// silence is when a client was first found not to watch its image, and when last.
+type silence struct{ first, last time.Time }
+
+// unheard returns for how long the client of a claim has been found not to watch the image,
+// by this call and those before it.
+func (b *Backend) unheard(h holder) time.Duration {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	now := time.Now()
+	// What was seen a long time ago says nothing of the time since.
+	maps.DeleteFunc(b.silent, func(_ string, s silence) bool { return now.Sub(s.last) > 10*time.Minute })
+	s, ok := b.silent[h.id]
+	if !ok {
+		s.first = now
+	}
+	s.last = now
+	b.silent[h.id] = s
+	return now.Sub(s.first)
+}
+
+// heard forgets that a client was silent.
+func (b *Backend) heard(h holder) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	delete(b.silent, h.id)
 }
 
 // cutKey is the key that says that a node was cut off up to a token.

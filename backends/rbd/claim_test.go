@@ -1,9 +1,12 @@
 package rbd_test
 
 import (
+	"context"
 	"errors"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -178,4 +181,130 @@ func TestOtherCephCluster(t *testing.T) {
 	if want := "the volume is in the Ceph cluster 11111111-0894-4f1e-a635-d0aeaca0e993, and this host is set to " + fakeFSID; !errors.Is(err, backends.ErrInvalid) || !strings.Contains(err.Error(), want) {
 		t.Errorf("got %v, want %q", err, want)
 	}
+}
+
+// TestKilledInAttach: the process is killed in the middle of an Attach. What it leaves is
+// seen, is no device, and is in nobody's way.
+func TestKilledInAttach(t *testing.T) {
+	t.Parallel()
+	for name, dies := range map[string]death{"before the claim": beforeClaim, "after the claim": afterClaim} {
+		for does, undo := range map[string]func(t *testing.T, c *fakeCeph, vol backends.Volume) error{
+			"deleted here": func(t *testing.T, c *fakeCeph, vol backends.Volume) error {
+				return c.node(fakeCluster, "a").Delete(t.Context(), vol.Ref)
+			},
+			"detached, deleted elsewhere": func(t *testing.T, c *fakeCeph, vol backends.Volume) error {
+				a := c.node(fakeCluster, "a")
+				atts, err := a.Attachments(t.Context())
+				if err != nil || len(atts) != 1 || atts[0].Device != "" || atts[0].Token != 11 || atts[0].Volume != vol.ID {
+					t.Errorf("got %+v, %v; want one without a device", atts, err)
+				}
+				for _, att := range atts {
+					err = errors.Join(err, a.Detach(t.Context(), att))
+				}
+				return errors.Join(err, c.node(fakeCluster, "b").Delete(t.Context(), vol.Ref))
+			},
+			"attached again": func(t *testing.T, c *fakeCeph, vol backends.Volume) error {
+				a := c.node(fakeCluster, "a")
+				att, err := a.Attach(t.Context(), backends.AttachRequest{Ref: vol.Ref, Volume: vol.ID, Token: 11})
+				if err != nil || att.Device == "" || c.object(vol).locker == "" {
+					t.Errorf("got %+v, %v; the lock is %+v", att, err, c.object(vol))
+				}
+				return errors.Join(err, a.Detach(t.Context(), att), a.Delete(t.Context(), vol.Ref))
+			},
+		} {
+			t.Run(name+", "+does, func(t *testing.T) {
+				c, vol, att := attached(t)
+				if err := c.node(fakeCluster, "a").Detach(t.Context(), att); err != nil {
+					t.Fatal(err)
+				}
+				c.dies = dies
+				if _, err := c.attach(t, "a", vol, 11); !errors.Is(err, errKilled) {
+					t.Fatalf("got %v, want that it is killed", err)
+				}
+				c.dies = never
+				if err := undo(t, c, vol); err != nil {
+					t.Error(err)
+				}
+				if len(c.images) > 0 || len(c.objects) > 0 || len(c.hosts[fakeCluster+"a"].devices) > 0 {
+					t.Errorf("left behind: %v, %v, %v", c.images, c.objects, c.hosts[fakeCluster+"a"].devices)
+				}
+			})
+		}
+	}
+}
+
+// TestDeleteOfStaleClaim: a host has died with a claim, and nobody wants the volume any more.
+// Whoever deletes it may wait for less long than its client may come back in.
+func TestDeleteOfStaleClaim(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		by    string
+		wants []string
+	}{
+		"elsewhere": {"b", []string{"is no watcher of volumes/flocker-", "if it is none in 35s either, the next try"}},
+		"here":      {"a", []string{""}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c, vol, _ := attached(t)
+				client := c.client("a").client
+				clear(c.hosts[fakeCluster+"a"].devices)
+				delete(c.images["volumes/flocker-"+vol.ID].watchers, client)
+				b := c.node(fakeCluster, test.by)
+				remove := func() error {
+					ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+					defer cancel()
+					return b.Delete(ctx, vol.Ref)
+				}
+				var said []string
+				for range 3 {
+					err := remove()
+					if err == nil {
+						said = append(said, "")
+						break
+					}
+					if other, ok := errors.AsType[*backends.AttachedError](err); !ok || other.Node != "a" || other.Token != 10 || errors.Is(err, backends.ErrUnavailable) {
+						t.Errorf("got %v, want that a has it under token 10", err)
+					}
+					said = append(said, err.Error())
+					time.Sleep(30 * time.Second)
+				}
+				if all := strings.Join(said, "\n"); said[len(said)-1] != "" {
+					t.Errorf("it was not deleted:\n%s", all)
+				} else {
+					for _, want := range test.wants {
+						if !strings.Contains(all, want) {
+							t.Errorf("got\n%s\nwant %q", all, want)
+						}
+					}
+				}
+				if !c.blocklist[client] {
+					t.Errorf("the client %s is not on the blocklist", client)
+				}
+			})
+		})
+	}
+}
+
+// TestDeleteWhileOpen: somebody else has the image open all the time. Also who has not the
+// time to wait for its end is told who that is.
+func TestDeleteWhileOpen(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c, vol, att := attached(t)
+		a := c.node(fakeCluster, "a")
+		if err := a.Detach(t.Context(), att); err != nil {
+			t.Fatal(err)
+		}
+		c.images["volumes/flocker-"+vol.ID].watchers["192.0.2.99:0/1"] = true
+		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		defer cancel()
+		err := a.Delete(ctx, vol.Ref)
+		if want := "is open on 192.0.2.99:0/1, by none of Flocker's hosts"; !errors.Is(err, backends.ErrInUse) || !strings.Contains(err.Error(), want) {
+			t.Errorf("got %v, want %q", err, want)
+		}
+		if o := c.object(vol); o.locker != "" {
+			t.Errorf("the claim %q is left", o.cookie)
+		}
+	})
 }

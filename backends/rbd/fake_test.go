@@ -38,7 +38,20 @@ type fakeCeph struct {
 	fault func(program string, args []string) fault
 	// beforeClaim, if set, is what happens right before a claim reaches its object.
 	beforeClaim func()
+	// dies is when the process is killed that maps an image.
+	dies death
 }
+
+// death is when a process is killed.
+type death int
+
+const (
+	never death = iota
+	beforeClaim
+	afterClaim
+)
+
+var errKilled = errors.New("the process was killed")
 
 // fault is what becomes of a call.
 type fault int
@@ -69,7 +82,7 @@ type fakeObject struct {
 type fakeHost struct {
 	ceph    *fakeCeph
 	mu      sync.Mutex
-	devices map[string]*fakeDevice
+	devices map[string]*fakeDevice // begun ones, too
 }
 
 type fakeDevice struct {
@@ -81,6 +94,7 @@ type fakeDevice struct {
 	open         int
 	exclusive    bool
 	gone, killed bool
+	begun        bool
 }
 
 func newFake() *fakeCeph {
@@ -348,14 +362,20 @@ func (h *fakeHost) Map(ctx context.Context, image rbdmap.Image, label string, al
 		client: fmt.Sprintf("192.0.2.9:0/%d", c.number),
 	}
 	i.watchers[d.client] = true
+	dies := c.dies
 	c.mu.Unlock()
-	if err := allow(rbdmap.Client{Address: d.client}); err != nil {
-		d.close()
-		return rbdmap.Device{}, err
+	if dies != beforeClaim {
+		if err := allow(rbdmap.Client{Address: d.client}); err != nil {
+			d.close()
+			return rbdmap.Device{}, err
+		}
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.devices[label] = d
+	if d.begun = dies != never; d.begun {
+		return rbdmap.Device{}, errKilled
+	}
 	return rbdmap.Device{Label: label, Path: d.path, Method: rbdmap.FUSE}, nil
 }
 
@@ -375,7 +395,22 @@ func (h *fakeHost) Devices() ([]rbdmap.Device, error) {
 	defer h.mu.Unlock()
 	var all []rbdmap.Device
 	for _, d := range h.devices {
-		all = append(all, rbdmap.Device{Label: d.label, Path: d.path, Method: rbdmap.FUSE})
+		if !d.begun {
+			all = append(all, rbdmap.Device{Label: d.label, Path: d.path, Method: rbdmap.FUSE})
+		}
+	}
+	return all, nil
+}
+
+// Begun implements rbd.Attacher.
+func (h *fakeHost) Begun() ([]rbdmap.Device, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	var all []rbdmap.Device
+	for _, d := range h.devices {
+		if d.begun {
+			all = append(all, rbdmap.Device{Label: d.label})
+		}
 	}
 	return all, nil
 }

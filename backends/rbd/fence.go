@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/backends/attach/rbdmap"
 )
 
 // Fence implements backends.Fencer. It writes down that the node is cut off, and then
@@ -39,16 +40,16 @@ func (b *Backend) fence(ctx context.Context, req backends.FenceRequest) (string,
 	case h.token > req.Token:
 		return fmt.Sprintf("the claim to %s is of the younger token %d", v.image.Spec(), h.token), nil
 	}
-	return b.cut(ctx, v, h)
+	return b.cut(ctx, v.image, h)
 }
 
 // cut cuts the client of a claim off, sees that it is, and removes the claim.
-func (b *Backend) cut(ctx context.Context, v *volume, h holder) (string, error) {
-	if _, err := v.image.Cut(ctx, h.address); err != nil {
+func (b *Backend) cut(ctx context.Context, image rbdmap.Image, h holder) (string, error) {
+	if _, err := image.Cut(ctx, h.address); err != nil {
 		return "", err
 	}
-	if err := b.drop(ctx, v.image, h); err != nil {
+	if err := b.drop(ctx, image, h); err != nil {
 		return "", err
 	}
-	return fmt.Sprintf("client %s of %s is on the blocklist, and no watcher of %s any more", h.address, h.node, v.image.Spec()), nil
+	return fmt.Sprintf("client %s of %s is on the blocklist, and no watcher of %s any more", h.address, h.node, image.Spec()), nil
 }

@@ -88,14 +88,16 @@ type Backend struct {
 
 	calls chan struct{} // bounds how many images are asked about at once
 
-	mu    sync.Mutex          // never held while anybody is asked
-	metas map[string]metadata // by an image's id; they do not change
+	mu     sync.Mutex          // never held while anybody is asked
+	metas  map[string]metadata // by an image's id; they do not change
+	silent map[string]silence  // by a claim's id
 }
 
 // attacher makes devices of images on this host; an *rbdmap.Attacher, but for a test.
 type attacher interface {
 	Map(ctx context.Context, image rbdmap.Image, label string, allow func(rbdmap.Client) error) (rbdmap.Device, error)
 	Devices() ([]rbdmap.Device, error)
+	Begun() ([]rbdmap.Device, error)
 	Unmap(ctx context.Context, label string) (clean bool, err error)
 	Served(label string) (bool, error)
 	Grow(ctx context.Context, label string, size int64) error
@@ -166,7 +168,8 @@ func New(cfg Config, self Self) (*Backend, error) {
 		return nil, fmt.Errorf("rbd: %w", err)
 	}
 	return &Backend{
-		cfg: cfg, self: self, attacher: attacher, dir: dir, calls: make(chan struct{}, 8), metas: map[string]metadata{},
+		cfg: cfg, self: self, attacher: attacher, dir: dir, calls: make(chan struct{}, 8),
+		metas: map[string]metadata{}, silent: map[string]silence{},
 		ceph: rbdmap.Cluster{Conf: cfg.Conf, Monitors: strings.Join(cfg.Monitors, ","), User: cfg.User, Keyring: cfg.KeyringFile},
 	}, nil
 }
@@ -463,17 +466,25 @@ func (b *Backend) delete(ctx context.Context, ref string) error {
 	if err != nil {
 		return err
 	}
+	if err := b.clear(ctx, v); err != nil {
+		return err
+	}
 	mine, err := b.claimDelete(ctx, v)
 	if err != nil {
 		return err
 	}
-	// Who is attaching it sees the claim, and closes the image again.
+	// Who is attaching it sees the claim, and closes the image again; a client that has died
+	// is a watcher for a while. Some of the caller's time is kept for saying who it is.
+	patience := watchTimeout
+	if end, ok := ctx.Deadline(); ok {
+		patience = min(patience, time.Until(end)-10*time.Second)
+	}
 	for started := time.Now(); ; {
 		err := b.remove(ctx, v.image)
 		if err == nil {
 			break
 		}
-		if f, ok := errors.AsType[*rbdmap.Failure](err); !ok || f.Code != syscall.EBUSY || time.Since(started) > watchTimeout {
+		if f, ok := errors.AsType[*rbdmap.Failure](err); !ok || f.Code != syscall.EBUSY || time.Since(started) > patience {
 			if errors.Is(err, backends.ErrInUse) {
 				err = b.watched(ctx, v, err)
 			}

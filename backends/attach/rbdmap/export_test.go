@@ -18,6 +18,7 @@ func (c Cluster) Fail(program string, code int, printed string) error {
 // The internals that have tests of their own.
 var (
 	HoldClosed = holdClosed
+	MapKernel  = (*Attacher).mapKernel
 	Escape     = escape
 	Unescape   = unescape
 	Speaks     = speaks

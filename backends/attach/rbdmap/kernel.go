@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -64,9 +65,30 @@ func kernelImages() ([]kernelImage, error) {
 // by a cluster, so what a note says of one stays true.
 func (a *Attacher) labelFile(client string) string { return filepath.Join(a.cfg.Dir, "k-"+client) }
 
+// begunFileOf has the image of a mapping of krbd from before it is begun until its caller
+// has allowed it.
+func (a *Attacher) begunFileOf(label string) string {
+	return filepath.Join(a.cfg.Dir, "b-"+escape(label))
+}
+
+// begunOf returns the image of a mapping that was begun; empty if none was.
+func (a *Attacher) begunOf(label string) string {
+	spec, _ := os.ReadFile(a.begunFileOf(label)) // none, then
+	return string(spec)
+}
+
 // kernelDevices returns the devices of krbd that were mapped from here. The kernel says
 // what there is; the notes only add the labels.
 func (a *Attacher) kernelDevices() ([]Device, error) {
+	notes, err := filepath.Glob(a.cfg.Dir + "/b-*")
+	if err != nil {
+		return nil, err
+	}
+	begun := map[string]Device{} // by their images
+	for _, note := range notes {
+		d := Device{Label: unescape(strings.TrimPrefix(filepath.Base(note), "b-")), Method: KRBD, begun: true}
+		begun[a.begunOf(d.Label)] = d
+	}
 	images, err := kernelImages()
 	if err != nil {
 		return nil, err
@@ -75,51 +97,86 @@ func (a *Attacher) kernelDevices() ([]Device, error) {
 	for _, i := range images {
 		text, err := os.ReadFile(a.labelFile(i.client))
 		label, spec, _ := strings.Cut(string(text), "\n")
-		if err == nil && spec == i.spec {
+		d, ok := begun[i.spec]
+		switch {
+		case err == nil && spec == i.spec && (!ok || d.Label != label):
 			found = append(found, Device{Label: label, Path: i.path, Method: KRBD})
+		case ok && (err == nil && spec == i.spec || errors.Is(err, fs.ErrNotExist) && i.whole()):
+			d.Path = i.path
+			begun[i.spec] = d
 		}
 	}
-	return found, nil
+	return slices.AppendSeq(found, maps.Values(begun)), nil
 }
 
+// whole says that it is the image itself, and not a snapshot of it.
+func (i kernelImage) whole() bool { return i.snapshot == "" || i.snapshot == "-" }
+
 func (a *Attacher) mapKernel(ctx context.Context, image Image, label string, allow func(Client) error) (Device, error) {
+	d := Device{Label: label, Method: KRBD}
+	if err := os.WriteFile(a.begunFileOf(label), []byte(image.Spec()), 0o600); err != nil {
+		return Device{}, backends.Classify(backends.ErrUnavailable, err)
+	}
+	err := a.mapBegun(ctx, image, &d, allow)
+	if err == nil {
+		if err = os.Remove(a.begunFileOf(label)); err == nil {
+			return d, nil
+		}
+		err = backends.Classify(backends.ErrUnavailable, err)
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
+	defer cancel()
+	_, failed := a.Unmap(ctx, label)
+	return Device{}, errors.Join(err, failed)
+}
+
+func (a *Attacher) mapBegun(ctx context.Context, image Image, d *Device, allow func(Client) error) error {
 	// A client of its own, which is cut off without the others; and nobody is let write
 	// beside it.
 	out, err := image.Cluster.Run(ctx, "rbd", "device", "map", "--options", "noshare,exclusive", image.Spec())
 	if err != nil {
-		return Device{}, err
+		return err
 	}
-	d := Device{Label: label, Path: strings.TrimSpace(string(out)), Method: KRBD}
-	err = func() error {
-		images, err := kernelImages()
-		if err != nil {
+	d.Path = strings.TrimSpace(string(out))
+	images, err := kernelImages()
+	if err != nil {
+		return backends.Classify(backends.ErrUnavailable, err)
+	}
+	for _, i := range images {
+		if i.path != d.Path || i.spec != image.Spec() {
+			continue
+		}
+		if i.address == "" {
+			return fmt.Errorf("this kernel does not tell the address of its Ceph client, which a fence needs: Linux 4.16 or another way to attach is needed: %w", backends.ErrUnavailable)
+		}
+		if err := os.WriteFile(a.labelFile(i.client), []byte(d.Label+"\n"+i.spec), 0o600); err != nil {
 			return backends.Classify(backends.ErrUnavailable, err)
 		}
-		for _, i := range images {
-			if i.path != d.Path || i.spec != image.Spec() {
-				continue
-			}
-			if i.address == "" {
-				return fmt.Errorf("this kernel does not tell the address of its Ceph client, which a fence needs: Linux 4.16 or another way to attach is needed: %w", backends.ErrUnavailable)
-			}
-			if err := os.WriteFile(a.labelFile(i.client), []byte(label+"\n"+i.spec), 0o600); err != nil {
-				return backends.Classify(backends.ErrUnavailable, err)
-			}
-			return allow(Client{Address: i.address})
-		}
-		return fmt.Errorf("rbd says that %s is %s, and the kernel shows no such device: %w", image.Spec(), d.Path, backends.ErrUnavailable)
-	}()
-	if err != nil {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
-		defer cancel()
-		_, failed := a.unmapKernel(ctx, d)
-		return Device{}, errors.Join(err, failed)
+		return allow(Client{Address: i.address})
 	}
-	return d, nil
+	return fmt.Errorf("rbd says that %s is %s, and the kernel shows no such device: %w", image.Spec(), d.Path, backends.ErrUnavailable)
 }
 
 // unmapKernel unmaps a device of krbd, which the kernel refuses while it is open.
 func (a *Attacher) unmapKernel(ctx context.Context, d Device) (clean bool, err error) {
+	if clean, err = a.removeKernel(ctx, d); err != nil || !d.begun {
+		return clean, err
+	}
+	// The program goes on for a while when its caller was killed.
+	spec := a.begunOf(d.Label)
+	mapping := func(words []string) bool {
+		return filepath.Base(words[0]) == "rbd" && slices.Contains(words, "map") && slices.Contains(words, spec)
+	}
+	if d.Path == "" && len(running(mapping)) > 0 {
+		return false, fmt.Errorf("`rbd device map` of %s is still running, for a process of Flocker that is not: %w", spec, backends.ErrUnavailable)
+	}
+	if err := os.Remove(a.begunFileOf(d.Label)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return clean, backends.Classify(backends.ErrUnavailable, err)
+	}
+	return clean, nil
+}
+
+func (a *Attacher) removeKernel(ctx context.Context, d Device) (clean bool, err error) {
 	images, err := kernelImages()
 	if err != nil {
 		return false, backends.Classify(backends.ErrUnavailable, err)
@@ -165,7 +222,7 @@ func (a *Attacher) sweepKernel(ctx context.Context, image Image) error {
 		return backends.Classify(backends.ErrUnavailable, err)
 	}
 	for _, i := range images {
-		if i.spec != image.Spec() || (i.snapshot != "" && i.snapshot != "-") {
+		if i.spec != image.Spec() || !i.whole() {
 			continue
 		}
 		if _, err := os.Stat(a.labelFile(i.client)); err == nil {

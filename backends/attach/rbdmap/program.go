@@ -31,6 +31,7 @@ const (
 	askSocket  = "ask"    // Ceph's admin socket of the client
 	qmpSocket  = "qmp"    // the control socket of qemu-storage-daemon
 	deviceFile = "device" // the loop device and its sequence number
+	begunFile  = "begun"  // there until Map's caller has allowed it
 )
 
 const confSuffix = ".conf"
@@ -66,8 +67,14 @@ func (a *Attacher) mapProgram(ctx context.Context, method string, image Image, l
 	if err == nil {
 		err = allow(client)
 	}
-	if err != nil || method == NBD {
+	if err != nil {
 		return d, err
+	}
+	if err := os.Remove(filepath.Join(d.dir, begunFile)); err != nil {
+		return d, backends.Classify(backends.ErrUnavailable, err)
+	}
+	if method == NBD {
+		return d, nil
 	}
 	made, err := loop.Attach(ctx, d.shown())
 	if err != nil {
@@ -97,7 +104,7 @@ func (a *Attacher) prepare(image Image, d Device) (conf string, err error) {
 	}
 	conf = d.shown() + confSuffix
 	for path, text := range map[string]string{
-		filepath.Join(d.dir, imageFile): image.Spec(), conf: text, d.shown(): "",
+		filepath.Join(d.dir, imageFile): image.Spec(), filepath.Join(d.dir, begunFile): "", conf: text, d.shown(): "",
 	} {
 		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 			return "", err
@@ -353,6 +360,15 @@ func (a *Attacher) growFUSE(ctx context.Context, d Device, size int64) error {
 
 // processes returns the programs of a mapping that run, by their command lines.
 func processes(dir string) []int {
+	return running(func(words []string) bool {
+		program := filepath.Base(words[0])
+		return (program == "qemu-storage-daemon" || program == "rbd-nbd") && strings.Contains(strings.Join(words, " "), dir+"/")
+	})
+}
+
+// running returns the processes with certain command lines. One that has ended, and was
+// not waited for, has none.
+func running(is func(words []string) bool) []int {
 	proc, err := os.Open("/proc")
 	if err != nil {
 		return nil
@@ -364,22 +380,16 @@ func processes(dir string) []int {
 	}
 	var found []int
 	for _, name := range names {
-		if pid, err := strconv.Atoi(name); err == nil && runs(pid, dir) {
+		pid, err := strconv.Atoi(name)
+		if err != nil {
+			continue
+		}
+		line, err := os.ReadFile("/proc/" + name + "/cmdline")
+		if err == nil && is(strings.Split(string(line), "\x00")) {
 			found = append(found, pid)
 		}
 	}
 	return found
-}
-
-// runs says whether a process is a program of a mapping. One that has ended, and was not
-// waited for, has no command line.
-func runs(pid int, dir string) bool {
-	line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-	if err != nil {
-		return false
-	}
-	program := filepath.Base(strings.SplitN(string(line), "\x00", 2)[0])
-	return (program == "qemu-storage-daemon" || program == "rbd-nbd") && strings.Contains(string(line), dir+"/")
 }
 
 // endProgram ends the program of a mapping whose device is gone, gently at first, and

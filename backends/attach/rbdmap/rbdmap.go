@@ -4,6 +4,7 @@
 //	attacher, err := rbdmap.New(rbdmap.Config{Dir: "/run/flocker/cinder"})
 //	device, err := attacher.Map(ctx, image, label, func(c rbdmap.Client) error { return nil })
 //	devices, err := attacher.Devices()    // what is mapped, by the labels given to Map
+//	begun, err := attacher.Begun()        // what a Map has left that was killed
 //	clean, err := attacher.Unmap(ctx, label)
 //	err = attacher.Grow(ctx, label, size) // after the image has grown
 //
@@ -26,6 +27,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -59,10 +61,9 @@ type Client struct {
 
 // Device is a mapped image.
 type Device struct {
-	// Label is what Map was told. It is empty for a device of krbd whose Map was killed
-	// before it could return.
+	// Label is what Map was told.
 	Label string
-	// Path is the block device.
+	// Path is the block device. It is empty for what Begun returns.
 	Path string
 	// Method is one of Methods.
 	Method string
@@ -70,6 +71,8 @@ type Device struct {
 	pid int
 	// dir has the sockets and files of the program.
 	dir string
+	// begun says that the Map of it has not come to its end.
+	begun bool
 }
 
 // The ways to map an image.
@@ -165,6 +168,27 @@ func (a *Attacher) Map(ctx context.Context, image Image, label string, allow fun
 // Devices returns what is mapped now from Dir, by the kernel and the programs. It asks
 // nothing of Ceph, and waits for nobody.
 func (a *Attacher) Devices() ([]Device, error) {
+	all, err := a.mappings()
+	return slices.DeleteFunc(all, func(d Device) bool { return d.begun }), err
+}
+
+// Begun returns the mappings whose Map has not come to its end: it is under way, or its
+// process was killed. Its client may be a watcher of the image; nobody was given a device,
+// whatever the kernel shows. Unmap undoes one that is not under way.
+func (a *Attacher) Begun() ([]Device, error) {
+	all, err := a.mappings()
+	var begun []Device
+	for _, d := range all {
+		if d.begun && d.Label != "" {
+			begun = append(begun, Device{Label: d.Label, Method: d.Method})
+		}
+	}
+	return begun, err
+}
+
+// mappings returns what there is of mappings. One that was begun has a Path if the kernel
+// has a device of it.
+func (a *Attacher) mappings() ([]Device, error) {
 	var all []Device
 	for _, list := range []func() ([]Device, error){a.kernelDevices, a.nbdDevices, a.fuseDevices} {
 		found, err := list()
@@ -173,12 +197,29 @@ func (a *Attacher) Devices() ([]Device, error) {
 		}
 		all = append(all, found...)
 	}
+	seen := map[string]bool{}
+	for i, d := range all {
+		if d.dir != "" {
+			_, err := os.Stat(filepath.Join(d.dir, begunFile))
+			all[i].begun, seen[d.dir] = err == nil, true
+		}
+	}
+	dirs, err := filepath.Glob(a.cfg.Dir + "/m-*")
+	if err != nil {
+		return nil, backends.Classify(backends.ErrUnavailable, err)
+	}
+	for _, dir := range dirs {
+		if !seen[dir] {
+			label, _ := labelIn(dir) // none, if it was killed very early
+			all = append(all, Device{Label: label, dir: dir, begun: true})
+		}
+	}
 	return all, nil
 }
 
-// find returns the device with a label.
+// find returns the mapping with a label.
 func (a *Attacher) find(label string) (Device, bool, error) {
-	all, err := a.Devices()
+	all, err := a.mappings()
 	for _, d := range all {
 		if d.Label == label {
 			return d, true, nil
@@ -187,7 +228,8 @@ func (a *Attacher) find(label string) (Device, bool, error) {
 	return Device{}, false, err
 }
 
-// Unmap removes the device with a label, and ends its client; nil if there is none.
+// Unmap removes the device with a label, or what a Map has left of it that was killed, and
+// ends its client; nil if there is none.
 // ErrInUse, and it stays, while somebody has it open or mounted. clean says that the
 // client has closed the image and been heard by the cluster: if it was not, something
 // that it has sent may still arrive, until it is on the blocklist.
@@ -196,10 +238,16 @@ func (a *Attacher) Unmap(ctx context.Context, label string) (clean bool, err err
 	if err != nil || !ok {
 		return false, err
 	}
-	switch d.Method {
-	case KRBD:
+	return a.unmap(ctx, d)
+}
+
+func (a *Attacher) unmap(ctx context.Context, d Device) (clean bool, err error) {
+	switch {
+	case d.Method == KRBD:
 		return a.unmapKernel(ctx, d)
-	case NBD:
+	case d.Path == "":
+		return endProgram(ctx, d.dir)
+	case d.Method == NBD:
 		return a.unmapNBD(ctx, d)
 	}
 	return a.unmapFUSE(ctx, d)
@@ -209,7 +257,7 @@ func (a *Attacher) Unmap(ctx context.Context, label string) (clean bool, err err
 // the device gives nothing but I/O errors, and has to be unmapped.
 func (a *Attacher) Served(label string) (bool, error) {
 	d, ok, err := a.find(label)
-	if err != nil || !ok {
+	if err != nil || !ok || d.begun {
 		return false, err
 	}
 	return d.Method == KRBD || len(processes(d.dir)) > 0, nil
@@ -218,7 +266,7 @@ func (a *Attacher) Served(label string) (bool, error) {
 // Grow makes the device with a label as large as its image has become.
 func (a *Attacher) Grow(ctx context.Context, label string, size int64) error {
 	d, ok, err := a.find(label)
-	if err != nil || !ok {
+	if err != nil || !ok || d.begun {
 		return err
 	}
 	if d.Method == FUSE {
@@ -233,33 +281,31 @@ func (a *Attacher) Grow(ctx context.Context, label string, size int64) error {
 
 // sweep ends what a Map of the image has left that was killed.
 func (a *Attacher) sweep(ctx context.Context, image Image) error {
-	if err := a.sweepKernel(ctx, image); err != nil {
-		return err
-	}
-	devices, err := a.Devices()
+	all, err := a.mappings()
 	if err != nil {
 		return err
 	}
-	live := map[string]bool{}
-	for _, d := range devices {
-		live[d.dir] = true
-	}
-	dirs, err := filepath.Glob(a.cfg.Dir + "/m-*")
-	if err != nil {
-		return err
-	}
-	for _, dir := range dirs {
-		spec, err := os.ReadFile(filepath.Join(dir, imageFile))
-		info, err2 := os.Stat(dir)
-		young := err2 != nil || time.Since(info.ModTime()) < time.Minute // being made for another image
-		if live[dir] || (err != nil && young) || (err == nil && string(spec) != image.Spec()) {
-			continue
-		}
-		if _, err := endProgram(ctx, dir); err != nil {
-			return err
+	for _, d := range all {
+		if d.begun && a.isOf(d, image) {
+			if _, err := a.unmap(ctx, d); err != nil {
+				return err
+			}
 		}
 	}
-	return nil
+	return a.sweepKernel(ctx, image)
+}
+
+// isOf says whether what was begun is of an image, or so early that nothing tells.
+func (a *Attacher) isOf(d Device, image Image) bool {
+	if d.dir == "" {
+		return a.begunOf(d.Label) == image.Spec()
+	}
+	spec, err := os.ReadFile(filepath.Join(d.dir, imageFile))
+	if err == nil {
+		return string(spec) == image.Spec()
+	}
+	info, err := os.Stat(d.dir)
+	return err == nil && time.Since(info.ModTime()) > time.Minute // else it is being made for another image
 }
 
 // waitFor looks again and again until something is so, and says what is not after a time.

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -254,27 +255,85 @@ func child() int {
 	return 0
 }
 
-// TestPluginIsKilled: the process that has attached a volume is killed, with its process
-// group. The device goes on, another process finds it, and detaches it.
-func TestPluginIsKilled(t *testing.T) {
-	w := newWorld(t)
+// plugin starts a process of host a that attaches the volume.
+func (w *world) plugin(token int64, env ...string) (*exec.Cmd, io.Reader) {
+	w.Helper()
 	order, err := json.Marshal(map[string]any{
 		"Cluster": w.ceph, "Self": rbd.Self{Node: "a", Cluster: w.cluster},
-		"Request": backends.AttachRequest{Ref: w.vol.Ref, Volume: w.vol.ID, Token: 10},
+		"Request": backends.AttachRequest{Ref: w.vol.Ref, Volume: w.vol.ID, Token: token},
 	})
 	if err != nil {
-		t.Fatal(err)
+		w.Fatal(err)
 	}
-	cmd := exec.CommandContext(t.Context(), os.Args[0])
-	cmd.Env = append(os.Environ(), "FLOCKER_CEPH_CHILD="+string(order))
+	cmd := exec.CommandContext(w.Context(), os.Args[0])
+	cmd.Env = append(os.Environ(), append(env, "FLOCKER_CEPH_CHILD="+string(order))...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	out, err := cmd.StdoutPipe()
 	if err == nil {
 		err = cmd.Start()
 	}
 	if err != nil {
+		w.Fatal(err)
+	}
+	return cmd, out
+}
+
+// TestPluginIsKilledInAttach: the process is killed in the middle of an Attach, and its client
+// of Ceph goes on. It is seen, and is in nobody's way.
+func TestPluginIsKilledInAttach(t *testing.T) {
+	rados, err := exec.LookPath("rados")
+	if err != nil {
 		t.Fatal(err)
 	}
+	for name, script := range map[string]string{
+		"before the claim": "kill -9 $PPID",
+		"after the claim":  rados + ` "$@"; kill -9 $PPID`,
+	} {
+		for _, deleted := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%s, deleted: %t", name, deleted), func(t *testing.T) {
+				w := newWorld(t)
+				dir := t.TempDir()
+				text := "#!/bin/sh\ncase \"$*\" in *'lock get'*) " + script + ";; *) exec " + rados + " \"$@\";; esac\n"
+				if err := os.WriteFile(filepath.Join(dir, "rados"), []byte(text), 0o700); err != nil {
+					t.Fatal(err)
+				}
+				cmd, out := w.plugin(10, "PATH="+dir+":"+os.Getenv("PATH"))
+				printed, _ := io.ReadAll(out) // until it is killed
+				if err := cmd.Wait(); err == nil || len(printed) > 0 {
+					t.Fatalf("it was not killed: %s", printed)
+				}
+				atts, err := w.a.Attachments(t.Context())
+				if err != nil || len(atts) != 1 || atts[0].Device != "" || atts[0].Token != 10 || len(daemons(t, atts[0].ID)) != 1 {
+					t.Fatalf("got %+v, %v; want one without a device, and its daemon", atts, err)
+				}
+				if deleted {
+					ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second) // the driver's
+					defer cancel()
+					if err := w.a.Delete(ctx, w.vol.Ref); err != nil {
+						t.Error(err)
+					}
+				} else {
+					if err := w.a.Detach(t.Context(), atts[0]); err != nil {
+						t.Error(err)
+					}
+					att := w.attach(w.b, 11)
+					if err := w.b.Detach(t.Context(), att); err != nil {
+						t.Error(err)
+					}
+				}
+				if pids := daemons(t, atts[0].ID); len(pids) > 0 {
+					t.Errorf("daemons %d are left", pids)
+				}
+			})
+		}
+	}
+}
+
+// TestPluginIsKilled: the process that has attached a volume is killed, with its process
+// group. The device goes on, another process finds it, and detaches it.
+func TestPluginIsKilled(t *testing.T) {
+	w := newWorld(t)
+	cmd, out := w.plugin(10)
 	line, err := bufio.NewReader(out).ReadString('\n')
 	var att backends.Attachment
 	if err := errors.Join(err, json.Unmarshal([]byte(line), &att)); err != nil {
