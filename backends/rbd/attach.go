@@ -1,12 +1,14 @@
 package rbd
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/flocker-plugin/flocker/backends"
@@ -137,11 +139,16 @@ func (b *Backend) attach(ctx context.Context, req backends.AttachRequest) (backe
 			return b.attachment(a), nil
 		}
 	}
-	v, err := b.find(ctx, req.Ref)
+	var v *volume
+	var h holder
+	held := false
+	err = together(
+		func() (err error) { v, err = b.find(ctx, req.Ref); return err },
+		func() (err error) { h, held, err = b.holder(ctx, image); return err },
+	)
 	if err != nil {
 		return none, err
 	}
-	h, held, err := b.holder(ctx, image)
 	for started := time.Now(); ; h, held, err = b.holder(ctx, image) {
 		if err == nil {
 			err = b.unclaimed(ctx, v, h, held)
@@ -166,10 +173,11 @@ func (b *Backend) attach(ctx context.Context, req backends.AttachRequest) (backe
 // or that was begun and no more, is undone.
 func (b *Backend) served(ctx context.Context, image rbdmap.Image, a attached) (served bool, err error) {
 	if a.device.Path != "" {
-		if _, err := b.find(ctx, a.ref); err != nil {
-			return false, err
-		}
-		if err := b.notCut(ctx, image, a.token); err != nil {
+		err := together(
+			func() error { _, err := b.find(ctx, a.ref); return err },
+			func() error { return b.notCut(ctx, image, a.token) },
+		)
+		if err != nil {
 			return false, err
 		}
 		if served, err = b.attacher.Served(a.device.Label); served || err != nil {
@@ -195,6 +203,18 @@ func (b *Backend) undo(ctx context.Context, image rbdmap.Image, a attached) erro
 	// Something it has sent may be on its way.
 	_, err = b.cut(ctx, image, h)
 	return err
+}
+
+// together makes calls at the same time that do not depend on each other. Its error is that
+// of the first which has failed, in their order.
+func together(calls ...func() error) error {
+	errs := make([]error, len(calls))
+	var all sync.WaitGroup
+	for i, call := range calls {
+		all.Go(func() { errs[i] = call() })
+	}
+	all.Wait()
+	return cmp.Or(errs...)
 }
 
 // unclaimed returns when there is no claim to a volume any more, or says whose there is.
@@ -241,10 +261,10 @@ func (b *Backend) connect(ctx context.Context, v *volume, token int64) (attached
 		}
 		// Only now: who cuts this node off first writes that down, and then looks for a
 		// claim; who deletes the volume removes the image before its own claim.
-		_, err := b.find(ctx, v.Ref)
-		if err == nil {
-			err = b.notCut(ctx, v.image, token)
-		}
+		err := together(
+			func() error { _, err := b.find(ctx, v.Ref); return err },
+			func() error { return b.notCut(ctx, v.image, token) },
+		)
 		if err != nil {
 			// The client has had no device, so nothing can come of it.
 			err = errors.Join(err, b.release(context.WithoutCancel(ctx), v.image, a.id))

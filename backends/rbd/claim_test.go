@@ -3,7 +3,9 @@ package rbd_test
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -307,4 +309,57 @@ func TestDeleteWhileOpen(t *testing.T) {
 			t.Errorf("the claim %q is left", o.cookie)
 		}
 	})
+}
+
+// TestAttachAsksTogether: what does not depend on each other is asked at the same time, and
+// who was cut off only when the claim is there.
+func TestAttachAsksTogether(t *testing.T) {
+	t.Parallel()
+	c, vol, att := attached(t)
+	if err := c.node(fakeCluster, "a").Detach(t.Context(), att); err != nil {
+		t.Fatal(err)
+	}
+	var mu sync.Mutex
+	var order []string
+	var pairs [2]sync.WaitGroup // before the claim, and after it
+	pairs[0].Add(2)
+	pairs[1].Add(2)
+	c.before = func(program string, args []string) {
+		call := program + " " + args[0]
+		if program == "rados" {
+			call = program + " " + strings.Join(args[4:6], " ")
+		}
+		if program == "ceph" || args[0] == "image-meta" { // asked once in a process
+			return
+		}
+		mu.Lock()
+		pair := &pairs[0]
+		if slices.Contains(order, "rados lock get") {
+			pair = &pairs[1]
+		}
+		order = append(order, call)
+		mu.Unlock()
+		if call == "rados lock get" {
+			return
+		}
+		pair.Done()
+		both := make(chan struct{})
+		go func() { pair.Wait(); close(both) }()
+		select {
+		case <-both:
+		case <-time.After(30 * time.Second):
+			t.Errorf("%s is asked alone", call)
+		}
+	}
+	if _, err := c.attach(t, "b", vol, 11); err != nil {
+		t.Fatal(err)
+	}
+	if len(order) == 5 {
+		slices.Sort(order[:2])
+		slices.Sort(order[3:])
+	}
+	want := []string{"rados lock info", "rbd info", "rados lock get", "rados listomapkeys flocker-" + vol.ID, "rbd info"}
+	if !slices.Equal(order, want) {
+		t.Errorf("got  %s\nwant %s", order, want)
+	}
 }

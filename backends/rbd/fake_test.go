@@ -38,6 +38,8 @@ type fakeCeph struct {
 	fault func(program string, args []string) fault
 	// beforeClaim, if set, is what happens right before a claim reaches its object.
 	beforeClaim func()
+	// before, if set, is called with each call of a program, outside of all locks.
+	before func(program string, args []string)
 	// dies is when the process is killed that maps an image.
 	dies death
 }
@@ -131,6 +133,9 @@ func (c *fakeCeph) node(cluster, node string) backends.Backend {
 
 // exec is a call of a program.
 func (c *fakeCeph) exec(ctx context.Context, program string, args []string) (out, errs string, code int) {
+	if c.before != nil {
+		c.before(program, args)
+	}
 	c.mu.Lock()
 	f := heard
 	if c.fault != nil {
