@@ -438,13 +438,18 @@ func TestLoadRefuses(t *testing.T) {
 	if err := os.WriteFile(bad, []byte("nothing"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	loose := filepath.Join(dir, "rita.key")
+	if err := os.Chmod(loose, 0o640); err != nil {
+		t.Fatal(err)
+	}
 	for _, test := range []struct {
 		files certs.Files
 		want  string
 	}{
+		{files(dir, "rita"), loose + " can be read by others than its owner (mode 0640): if nobody has, type: chmod 0600 " + loose},
 		{files(dir, "none"), "read a certificate: open " + dir + "/none.crt: no such file or directory; docker flocker ca makes them"},
 		{certs.Files{CA: bad, Cert: anna.Cert, Key: anna.Key}, bad + " has no certificate in it"},
-		{certs.Files{CA: anna.CA, Cert: anna.Cert, Key: filepath.Join(dir, "rita.key")}, anna.Cert + " and " + dir + "/rita.key do not belong together: tls: private key does not match public key"},
+		{certs.Files{CA: anna.CA, Cert: anna.Cert, Key: filepath.Join(dir, "alpha", "node.key")}, anna.Cert + " and " + dir + "/alpha/node.key do not belong together: tls: private key does not match public key"},
 		{certs.Files{CA: filepath.Join(other, "cluster.crt"), Cert: anna.Cert, Key: anna.Key}, anna.Cert + " is not of the authority in " + other + "/cluster.crt: x509: certificate signed by unknown authority"},
 		{files(dir, "late"), dir + "/late.crt expired on " + time.Now().Add(-time.Minute).UTC().Format(time.DateOnly) + ": make another with docker flocker ca"},
 		{files(dir, "cluster"), `the certificate of "prod" is of no role: it was not made with docker flocker ca`},
@@ -573,7 +578,20 @@ func TestReload(t *testing.T) {
 	if got, want := warnings(), "the certificates were changed and cannot be used, those of before are: "+path+".crt and "+path+".key do not belong together: tls: private key does not match public key"; len(got) != 1 || got[0] != want {
 		t.Errorf("warned %q, want once %q", got, want)
 	}
+	// A change of who can read a key is one, too.
 	replace("alpha/control-service.key", renewed["alpha/control-service.key"])
+	if err := os.Chmod(path+".key", 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := ask(); err != nil || got != first {
+		t.Errorf("with a key that everybody can read: certificate %s, %v, want %s", got, err, first)
+	}
+	if got := warnings(); len(got) != 1 || !strings.HasSuffix(got[0], "(mode 0644): if nobody has, type: chmod 0600 "+path+".key") {
+		t.Errorf("warned %q", got)
+	}
+	if err := os.Chmod(path+".key", 0o600); err != nil {
+		t.Fatal(err)
+	}
 	second, err := ask()
 	if err != nil || second == first {
 		t.Errorf("with a new pair: certificate %s, %v, want another than %s", second, err, first)

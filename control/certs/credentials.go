@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"slices"
 	"strings"
@@ -75,6 +76,7 @@ type loaded struct {
 type stamp [3]struct {
 	size    int64
 	changed int64 // in nanoseconds; 0 if there is no file
+	mode    fs.FileMode
 }
 
 // settling is longer than the ticks of a filesystem's clock.
@@ -89,6 +91,14 @@ func Load(files Files, warn func(error)) (*Credentials, error) {
 	}
 	c.loaded.Store(first)
 	return c, nil
+}
+
+// Private is an error for a key, or another secret, that others than its owner can read.
+func Private(file string) error {
+	if info, err := os.Stat(file); err == nil && info.Mode().Perm()&0o077 != 0 {
+		return fmt.Errorf("%s can be read by others than its owner (mode %04o): if nobody has, type: chmod 0600 %[1]s", file, info.Mode().Perm())
+	}
+	return nil
 }
 
 // current are the credentials now.
@@ -113,7 +123,7 @@ func (c *Credentials) current() *loaded {
 func (c *Credentials) stamp() (s stamp) {
 	for i, path := range c.files.all() {
 		if info, err := os.Stat(path); err == nil {
-			s[i].size, s[i].changed = info.Size(), info.ModTime().UnixNano()
+			s[i].size, s[i].changed, s[i].mode = info.Size(), info.ModTime().UnixNano(), info.Mode()
 		}
 	}
 	return s
@@ -134,6 +144,9 @@ func (c *Credentials) read() *loaded {
 			return l
 		}
 		contents[i] = data
+	}
+	if l.err = Private(c.files.Key); l.err != nil {
+		return l
 	}
 	l.roots = x509.NewCertPool()
 	if !l.roots.AppendCertsFromPEM(contents[0]) {
