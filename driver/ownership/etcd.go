@@ -3,8 +3,6 @@ package ownership
 import (
 	"cmp"
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"math"
@@ -17,6 +15,8 @@ import (
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
 	grpcbackoff "google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // EtcdConfig says how to reach etcd.
@@ -24,8 +24,7 @@ type EtcdConfig struct {
 	// Endpoints are host:port or URLs.
 	Endpoints []string
 	// CAFile, CertFile and KeyFile are PEM files. Any of them, and any https
-	// endpoint, makes the connection TLS; the certificate is read anew for each
-	// connection.
+	// endpoint, makes the connection TLS; they are read anew for each connection.
 	CAFile, CertFile, KeyFile string
 	// User and PasswordFile authenticate this node.
 	User, PasswordFile string
@@ -44,6 +43,7 @@ type Etcd struct {
 	config clientv3.Config
 	dial   func(ctx context.Context) (*clientv3.Client, error)
 	where  string
+	secure *etcdTLS // nil: it has no TLS
 
 	mu     chan struct{} // held while it has an element; authentication takes time
 	client *clientv3.Client
@@ -71,15 +71,17 @@ func NewEtcd(cfg EtcdConfig) (*Etcd, error) {
 			MinConnectTimeout: 2 * time.Second,
 		})},
 	}
+	var secure *etcdTLS
 	https := false
 	for _, e := range cfg.Endpoints {
 		https = https || strings.HasPrefix(e, "https://")
 	}
 	if https || cfg.CAFile != "" || cfg.CertFile != "" || cfg.KeyFile != "" {
 		var err error
-		if config.TLS, err = clientTLS(cfg); err != nil {
+		if secure, err = newEtcdTLS(cfg); err != nil {
 			return nil, err
 		}
+		config.DialOptions = append(config.DialOptions, grpc.WithTransportCredentials(secure))
 	}
 	if cfg.PasswordFile != "" {
 		b, err := os.ReadFile(cfg.PasswordFile)
@@ -91,42 +93,11 @@ func NewEtcd(cfg EtcdConfig) (*Etcd, error) {
 	if config.Username = cfg.User; (config.Username == "") != (config.Password == "") {
 		return nil, errors.New("etcd needs both a user and a password file, or neither")
 	}
-	e := &Etcd{config: config, dial: cfg.Dial, where: strings.Join(cfg.Endpoints, ", "), mu: make(chan struct{}, 1)}
+	e := &Etcd{config: config, dial: cfg.Dial, secure: secure, where: strings.Join(cfg.Endpoints, ", "), mu: make(chan struct{}, 1)}
 	if e.dial == nil {
 		e.dial = func(context.Context) (*clientv3.Client, error) { return clientv3.New(e.config) }
 	}
 	return e, nil
-}
-
-func clientTLS(cfg EtcdConfig) (*tls.Config, error) {
-	config := &tls.Config{MinVersion: tls.VersionTLS12}
-	if cfg.CAFile != "" {
-		pem, err := os.ReadFile(cfg.CAFile)
-		if err != nil {
-			return nil, fmt.Errorf("read etcd CA file: %w", err)
-		}
-		config.RootCAs = x509.NewCertPool()
-		if !config.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("etcd CA file %s has no certificate in it", cfg.CAFile)
-		}
-	}
-	if (cfg.CertFile == "") != (cfg.KeyFile == "") {
-		return nil, errors.New("etcd needs both a certificate file and a key file, or neither")
-	}
-	if cfg.CertFile != "" {
-		load := func() (*tls.Certificate, error) {
-			pair, err := tls.LoadX509KeyPair(cfg.CertFile, cfg.KeyFile)
-			if err != nil {
-				return nil, fmt.Errorf("read etcd client certificate: %w", err)
-			}
-			return &pair, nil
-		}
-		if _, err := load(); err != nil {
-			return nil, err
-		}
-		config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return load() }
-	}
-	return config, nil
 }
 
 // connect returns the client. With a user, making it asks etcd for a token, and
@@ -161,7 +132,14 @@ func (e *Etcd) wrap(err error) error {
 	case errors.Is(err, rpctypes.ErrCompacted):
 		err = ErrCompacted
 	case errors.Is(err, context.DeadlineExceeded):
+		if why := e.secure.reason(); why != nil {
+			err = fmt.Errorf("%w: %w", err, why)
+		}
 		return fmt.Errorf("etcd at %s does not answer: %w", e.where, err)
+	case status.Code(err) == codes.Unavailable:
+		if why := e.secure.reason(); why != nil {
+			err = why
+		}
 	}
 	return fmt.Errorf("etcd at %s: %w", e.where, err)
 }
