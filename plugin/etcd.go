@@ -3,8 +3,10 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/url"
 	"os"
@@ -19,9 +21,18 @@ import (
 	"github.com/sirupsen/logrus"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
+	"go.etcd.io/etcd/server/v3/etcdserver"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
+	"go.etcd.io/etcd/server/v3/etcdserver/api/v3rpc"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+	"golang.org/x/net/netutil"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
+
+	"github.com/flocker-plugin/flocker/control/certs"
 )
 
 // etcdAddress is where the etcd inside the plugin listens for the plugin alone.
@@ -35,9 +46,11 @@ const etcdReady = 60 * time.Second
 type etcdConfig struct {
 	// Dir holds its data. It is made if it is not there.
 	Dir string
-	// Listen is the host:port to serve other hosts on, without TLS; empty is this
-	// host only.
+	// Listen is the host:port to serve other hosts on; empty is this host only.
 	Listen string
+	// Certs is the directory with this host's certificates: with them it has TLS, and
+	// takes the cluster's hosts alone. Empty: it has none, and takes everybody.
+	Certs string
 	// Ready, if set, gets a client that needs no socket.
 	Ready func(*clientv3.Client)
 	// Log gets its errors.
@@ -49,7 +62,7 @@ type etcdConfig struct {
 // error it may be called again.
 func startEtcd(ctx context.Context, cfg etcdConfig) (endpoint string, stop func(), err error) {
 	listen := cmp.Or(cfg.Listen, etcdAddress)
-	endpoint, err = etcdEndpoint(cfg.Listen)
+	endpoint, err = etcdEndpoint(cfg.Listen, cfg.Certs != "")
 	if err != nil {
 		return "", nil, fmt.Errorf("start etcd: %w", err)
 	}
@@ -57,21 +70,27 @@ func startEtcd(ctx context.Context, cfg etcdConfig) (endpoint string, stop func(
 	if reason, ok := etcdGivenUp.Load(cfg.Dir); ok {
 		return "", nil, fmt.Errorf("start etcd in %s: %v", cfg.Dir, reason)
 	}
+	creds, err := cfg.admission()
+	if err != nil {
+		return "", nil, fmt.Errorf("start etcd: %w", err)
+	}
 	unlock, err := lockEtcdDir(cfg.Dir)
 	if err != nil {
 		return "", nil, fmt.Errorf("start etcd: %w", err)
 	}
-	// etcd's own message about this is not for people.
-	probe, err := (&net.ListenConfig{}).Listen(ctx, "tcp", listen)
+	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", listen)
 	if err != nil {
 		unlock()
 		return "", nil, fmt.Errorf("start etcd: cannot listen on %s; free it, or set FLOCKER_ETCD_LISTEN to another address: %w", listen, err)
 	}
-	bind := probe.Addr().String() // etcd wants an IP address
-	_ = probe.Close()
+	defer func() {
+		if err != nil {
+			_ = listener.Close()
+		}
+	}()
 
 	log := &etcdLog{log: cfg.Log, given: make(chan string, 1)}
-	config := embedConfig(cfg.Dir, bind, endpoint, log)
+	config := embedConfig(cfg.Dir, endpoint, log)
 	started := make(chan embedded, 1)
 	go func() {
 		server, err := embed.StartEtcd(config)
@@ -85,7 +104,7 @@ func startEtcd(ctx context.Context, cfg etcdConfig) (endpoint string, stop func(
 			unlock()
 			return "", nil, fmt.Errorf("start etcd in %s: %w", cfg.Dir, e.err)
 		}
-		stop = func() {
+		end := func() {
 			log.closing.Store(true)
 			e.Close()
 			unlock()
@@ -96,14 +115,15 @@ func startEtcd(ctx context.Context, cfg etcdConfig) (endpoint string, stop func(
 			if cfg.Ready != nil {
 				cfg.Ready(v3client.New(e.Server))
 			}
-			return endpoint, stop, nil
+			server := serveEtcd(e.Server, listener, creds)
+			return endpoint, func() { server.Stop(); end() }, nil
 		case reason := <-log.given:
 			return "", nil, giveUp(cfg.Dir, reason)
 		case err = <-e.Err():
 		case <-ctx.Done():
 			err = ctx.Err()
 		}
-		stop()
+		end()
 		return "", nil, fmt.Errorf("start etcd in %s: it is not ready: %w", cfg.Dir, err)
 	case reason := <-log.given:
 		return "", nil, giveUp(cfg.Dir, reason)
@@ -139,7 +159,7 @@ func giveUp(dir, reason string) error {
 
 // etcdEndpoint is what startEtcd will return for that address to listen on, so
 // that clients can be made before there is a server.
-func etcdEndpoint(listen string) (string, error) {
+func etcdEndpoint(listen string, secure bool) (string, error) {
 	listen = cmp.Or(listen, etcdAddress)
 	host, port, err := net.SplitHostPort(listen)
 	if err != nil {
@@ -148,7 +168,85 @@ func etcdEndpoint(listen string) (string, error) {
 	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
 		host = "127.0.0.1"
 	}
-	return "http://" + net.JoinHostPort(host, port), nil
+	scheme := "http"
+	if secure {
+		scheme = "https"
+	}
+	return scheme + "://" + net.JoinHostPort(host, port), nil
+}
+
+// Who has no certificate can keep a connection for that long, and so many of them.
+const (
+	etcdHandshake   = 10 * time.Second
+	etcdConnections = 1000
+)
+
+// serveEtcd answers clients. etcd could do that by itself, but it would know no
+// authority other than the one there was when it started.
+func serveEtcd(etcd *etcdserver.EtcdServer, listener net.Listener, creds credentials.TransportCredentials) *grpc.Server {
+	server := v3rpc.Server(etcd, nil, nil, grpc.Creds(creds), grpc.ConnectionTimeout(etcdHandshake),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: embed.DefaultGRPCKeepAliveMinTime}))
+	go func() { _ = server.Serve(netutil.LimitListener(listener, etcdConnections)) }() // until it is stopped
+	return server
+}
+
+// admission is who gets in.
+func (cfg etcdConfig) admission() (credentials.TransportCredentials, error) {
+	if cfg.Certs == "" {
+		return insecure.NewCredentials(), nil
+	}
+	in := func(file string) string { return filepath.Join(cfg.Certs, file) }
+	files := certs.Files{CA: in(certs.CAFile), Cert: in(certs.NodeFile), Key: in(certs.NodeKey)}
+	own, err := certs.Load(files, func(err error) { cfg.Log.WithField("err", err).Error("etcd serves other hosts as before") })
+	if err != nil {
+		return nil, err
+	}
+	return &admission{TransportCredentials: credentials.NewTLS(own.Server(certs.Node)), log: cfg.Log}, nil
+}
+
+// An admission lets hosts of the cluster in, and says in the log who stays outside.
+type admission struct {
+	credentials.TransportCredentials
+
+	log *logrus.Entry
+
+	mu     sync.Mutex
+	last   time.Time // when it said so
+	others int       // who stayed outside since
+}
+
+// ServerHandshake implements credentials.TransportCredentials.
+func (a *admission) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	conn, info, err := a.TransportCredentials.ServerHandshake(raw)
+	if err != nil {
+		a.refused(raw.RemoteAddr(), err)
+	}
+	return conn, info, err
+}
+
+// refusals is how long the log is spared after one: whoever reaches the port can cause
+// them at any rate.
+var refusals = 10 * time.Second
+
+func (a *admission) refused(who net.Addr, err error) {
+	if _, cut := errors.AsType[net.Error](err); errors.Is(err, io.EOF) || cut && !strings.Contains(err.Error(), "tls: ") {
+		return // who only looks whether something listens
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if time.Since(a.last) < refusals {
+		a.others++
+		return
+	}
+	fields := logrus.Fields{"from": who.String(), "err": err}
+	if a.others > 0 {
+		fields["others"] = a.others
+	}
+	if _, ok := errors.AsType[tls.RecordHeaderError](err); ok {
+		fields["hint"] = "if it is a host, its FLOCKER_ETCD_ENDPOINTS have to begin with https://"
+	}
+	a.log.WithFields(fields).Warn("etcd does not let somebody in")
+	a.last, a.others = time.Now(), 0
 }
 
 // lockEtcdDir makes the directory, and keeps other processes from running an
@@ -172,12 +270,12 @@ func lockEtcdDir(dir string) (unlock func(), err error) {
 	return func() { _ = f.Close() }, nil
 }
 
-func embedConfig(dir, bind, endpoint string, log *etcdLog) *embed.Config {
+func embedConfig(dir, endpoint string, log *etcdLog) *embed.Config {
 	c := embed.NewConfig()
 	c.Name = "flocker"
 	c.Dir = filepath.Join(dir, "member-data")
-	c.ListenClientUrls = []url.URL{{Scheme: "http", Host: bind}}
-	c.AdvertiseClientUrls = []url.URL{{Scheme: "http", Host: strings.TrimPrefix(endpoint, "http://")}}
+	scheme, host, _ := strings.Cut(endpoint, "://")
+	c.ListenClientUrls, c.AdvertiseClientUrls = nil, []url.URL{{Scheme: scheme, Host: host}}
 	// There are no peers, and nothing listens for any. The URL is only a name.
 	c.ListenPeerUrls = nil
 	c.AdvertisePeerUrls = []url.URL{{Scheme: "http", Host: "127.0.0.1:24380"}}

@@ -14,6 +14,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/control/certs"
 )
 
 // settings is every setting there is. Parsing, the env section of config.json and
@@ -27,14 +28,17 @@ type settings struct {
 	Hostname  string `option:"FLOCKER_HOSTNAME" help:"name of this host in messages; empty: the system's"`
 	LogLevel  string `option:"FLOCKER_LOG_LEVEL" default:"info" oneof:"debug,info,warn,error" help:"how much to log"`
 
+	Certs string `option:"FLOCKER_CERTS" help:"directory with this host's certificates, as docker flocker ca node makes it; empty: /etc/flocker if cluster.crt is there, else certs in the state directory"`
+
 	EtcdEndpoints    []string `option:"FLOCKER_ETCD_ENDPOINTS" help:"etcd servers, separated by commas; empty: one runs inside the plugin"`
-	EtcdCACert       string   `option:"FLOCKER_ETCD_CACERT" help:"file with the certificate authority of the etcd servers"`
+	EtcdCACert       string   `option:"FLOCKER_ETCD_CACERT" help:"file with the certificate authority of the etcd servers; empty, and the next two: those of FLOCKER_CERTS, where an endpoint is https"`
 	EtcdCert         string   `option:"FLOCKER_ETCD_CERT" help:"file with the client certificate for etcd"`
 	EtcdKey          string   `option:"FLOCKER_ETCD_KEY" help:"file with the key of the client certificate"`
 	EtcdUser         string   `option:"FLOCKER_ETCD_USER" help:"user at etcd"`
 	EtcdPasswordFile string   `option:"FLOCKER_ETCD_PASSWORD_FILE" help:"file with the password of that user"`
 	EtcdPrefix       string   `option:"FLOCKER_ETCD_PREFIX" default:"flocker" help:"what the keys of this cluster begin with"`
-	EtcdListen       string   `option:"FLOCKER_ETCD_LISTEN" help:"address, such as 10.0.0.1:2379, on which the etcd inside the plugin serves other hosts; empty: this host only"`
+	EtcdListen       string   `option:"FLOCKER_ETCD_LISTEN" help:"address, such as 10.0.0.1:2379, on which the etcd inside the plugin serves other hosts, which it knows by their certificates; empty: this host only"`
+	EtcdInsecure     bool     `option:"FLOCKER_ETCD_INSECURE" default:"false" help:"let the etcd inside the plugin serve whoever reaches it, without certificates"`
 	EtcdDir          string   `option:"FLOCKER_ETCD_DIR" help:"directory of the etcd inside the plugin; empty: etcd in the state directory"`
 
 	Backend             string `option:"FLOCKER_BACKEND" default:"loopback" help:"storage of volumes created without -o backend="`
@@ -55,6 +59,10 @@ type settings struct {
 
 	DockerSocket string `option:"FLOCKER_DOCKER_SOCKET" default:"/host/run/docker.sock" help:"socket of the Docker Engine, which is asked what containers use a volume"`
 }
+
+// etcFlocker is where an administrator of the original Flocker expects certificates; a
+// managed plugin has no /etc of the host's.
+var etcFlocker = "/etc/flocker"
 
 const (
 	maxBusyWait      = 100 * time.Second
@@ -97,8 +105,27 @@ func settingsFrom(environ []string) (s settings, warnings []string, err error) {
 	if s.LoopbackDir == "" {
 		s.LoopbackDir = filepath.Join(s.StateDir, "loopback")
 	}
+	if s.Certs == "" {
+		file, err := oneOf("FLOCKER_CERTS", filepath.Join(etcFlocker, certs.CAFile), filepath.Join(s.StateDir, "certs", certs.CAFile))
+		if err != nil {
+			return s, warnings, fmt.Errorf("setting FLOCKER_CERTS: %w", err)
+		}
+		if file != "" {
+			s.Certs = filepath.Dir(file)
+		}
+	} else if file := filepath.Join(s.Certs, certs.CAFile); filepath.IsAbs(file) {
+		if _, err := os.Stat(file); err != nil {
+			return s, warnings, fmt.Errorf("setting FLOCKER_CERTS: %w; docker flocker ca node makes a directory with it%s", err, outside(file))
+		}
+	}
+	if s.Certs != "" && s.EtcdCACert+s.EtcdCert+s.EtcdKey == "" && slices.ContainsFunc(s.EtcdEndpoints, isHTTPS) {
+		in := func(file string) string { return filepath.Join(s.Certs, file) }
+		s.EtcdCACert, s.EtcdCert, s.EtcdKey = in(certs.CAFile), in(certs.NodeFile), in(certs.NodeKey)
+	}
 	return s, warnings, s.check()
 }
+
+func isHTTPS(endpoint string) bool { return strings.HasPrefix(endpoint, "https://") }
 
 // check finds what no setting shows by itself, all of it at once.
 func (s *settings) check() error {
@@ -117,6 +144,7 @@ func (s *settings) check() error {
 		{"FLOCKER_LOOPBACK_DIR", &s.LoopbackDir},
 		{"FLOCKER_DOCKER_SOCKET", &s.DockerSocket},
 		{"FLOCKER_BACKENDS", &s.Backends},
+		{"FLOCKER_CERTS", &s.Certs},
 	} {
 		if *p.path == "" { // and may be
 			continue
@@ -127,16 +155,21 @@ func (s *settings) check() error {
 			wrong(p.name, "it cannot be /")
 		}
 	}
-	for _, f := range []struct{ name, path string }{
-		{"FLOCKER_ETCD_CACERT", s.EtcdCACert},
-		{"FLOCKER_ETCD_CERT", s.EtcdCert},
-		{"FLOCKER_ETCD_KEY", s.EtcdKey},
-		{"FLOCKER_ETCD_PASSWORD_FILE", s.EtcdPasswordFile},
+	for _, f := range []struct {
+		name, path string
+		secret     bool
+	}{
+		{"FLOCKER_ETCD_CACERT", s.EtcdCACert, false},
+		{"FLOCKER_ETCD_CERT", s.EtcdCert, false},
+		{"FLOCKER_ETCD_KEY", s.EtcdKey, true},
+		{"FLOCKER_ETCD_PASSWORD_FILE", s.EtcdPasswordFile, true},
 	} {
 		if f.path == "" {
 			continue
 		}
 		if _, err := os.ReadFile(f.path); err != nil {
+			wrong(f.name, "%w", err)
+		} else if err := certs.Private(f.path); f.secret && err != nil {
 			wrong(f.name, "%w", err)
 		}
 	}
@@ -159,8 +192,12 @@ func (s *settings) check() error {
 		if len(s.EtcdEndpoints) > 0 {
 			wrong("FLOCKER_ETCD_LISTEN", "there is no etcd inside the plugin when FLOCKER_ETCD_ENDPOINTS is set; unset one")
 		}
-		if _, port, err := net.SplitHostPort(s.EtcdListen); err != nil || port == "" {
+		if host, port, err := net.SplitHostPort(s.EtcdListen); err != nil || port == "" {
 			wrong("FLOCKER_ETCD_LISTEN", "%q is not an address with a port, such as 10.0.0.1:2379", s.EtcdListen)
+		} else if len(s.EtcdEndpoints) == 0 && s.Certs == "" && !s.EtcdInsecure && !isLoopback(host) {
+			wrong("FLOCKER_ETCD_LISTEN", "without certificates, whoever reaches %s could change who has which volume: make them with docker flocker ca, "+
+				"and put this host's into %s; or set FLOCKER_ETCD_INSECURE=true, if nobody else is on that network",
+				s.EtcdListen, filepath.Join(s.StateDir, "certs"))
 		}
 	}
 	if s.NodeRenew >= s.NodeTTL/3 {
@@ -176,6 +213,20 @@ func (s *settings) check() error {
 		wrong("FLOCKER_BUSY_WAIT", "%v is more than FLOCKER_MOUNT_DEADLINE, %v", s.BusyWait, s.MountDeadline)
 	}
 	return oneLine(problems)
+}
+
+// isLoopback says that only this host is reached by that name.
+func isLoopback(host string) bool {
+	ip := net.ParseIP(host)
+	return host == "localhost" || ip != nil && ip.IsLoopback()
+}
+
+// etcdCerts are those by which the etcd inside the plugin serves; empty: it has no TLS.
+func (s *settings) etcdCerts() string {
+	if s.EtcdListen == "" || s.EtcdInsecure {
+		return ""
+	}
+	return s.Certs
 }
 
 // checkEndpoint accepts http://host:port, https://host:port and host:port.

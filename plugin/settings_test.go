@@ -43,7 +43,19 @@ func TestSettings(t *testing.T) {
 	if err := os.WriteFile(secret, []byte("x"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	absent := filepath.Join(t.TempDir(), "absent")
+	loose := filepath.Join(t.TempDir(), "loose")
+	if err := os.WriteFile(loose, []byte("x"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	const private = " can be read by others than its owner (mode 0644): if nobody has, type: chmod 0600 "
+	dir, absent := t.TempDir(), filepath.Join(t.TempDir(), "absent")
+	if err := os.WriteFile(filepath.Join(dir, "cluster.crt"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	open := func(address string) string {
+		return "without certificates, whoever reaches " + address + " could change who has which volume: make them with docker flocker ca, " +
+			"and put this host's into /var/lib/flocker/certs; or set FLOCKER_ETCD_INSECURE=true, if nobody else is on that network"
+	}
 	tests := []struct {
 		env, want string // want "" is no error
 	}{
@@ -54,8 +66,11 @@ func TestSettings(t *testing.T) {
 		{"FLOCKER_ETCD_ENDPOINTS=https://a:2379/ FLOCKER_ETCD_CACERT=" + secret, ""},
 		{"FLOCKER_ETCD_CERT=" + secret + " FLOCKER_ETCD_KEY=" + secret, ""},
 		{"FLOCKER_ETCD_USER=u FLOCKER_ETCD_PASSWORD_FILE=" + secret, ""},
-		{"FLOCKER_ETCD_LISTEN=10.0.0.1:2379", ""},
-		{"FLOCKER_ETCD_LISTEN=:2379", ""},
+		{"FLOCKER_ETCD_LISTEN=10.0.0.1:2379 FLOCKER_ETCD_INSECURE=true", ""},
+		{"FLOCKER_ETCD_LISTEN=10.0.0.1:2379 FLOCKER_CERTS=" + dir, ""},
+		{"FLOCKER_ETCD_LISTEN=127.0.0.1:2379", ""},
+		{"FLOCKER_ETCD_LISTEN=[::1]:2379", ""},
+		{"FLOCKER_ETCD_LISTEN=localhost:2379", ""},
 
 		{"FLOCKER_SOCKET=flocker.sock", `setting FLOCKER_SOCKET: "flocker.sock" is not an absolute path`},
 		{"FLOCKER_MOUNT_ROOT=/..", `setting FLOCKER_MOUNT_ROOT: it cannot be /`},
@@ -71,12 +86,19 @@ func TestSettings(t *testing.T) {
 		{"FLOCKER_ETCD_CERT=" + secret, `setting FLOCKER_ETCD_CERT: it goes together with FLOCKER_ETCD_KEY; set both or none`},
 		{"FLOCKER_ETCD_USER=u", `setting FLOCKER_ETCD_USER: it goes together with FLOCKER_ETCD_PASSWORD_FILE; set both or none`},
 		{"FLOCKER_ETCD_USER=u FLOCKER_ETCD_PASSWORD_FILE=" + absent, `setting FLOCKER_ETCD_PASSWORD_FILE: open ` + absent + `: no such file or directory`},
+		{"FLOCKER_ETCD_CERT=" + loose + " FLOCKER_ETCD_KEY=" + loose, "setting FLOCKER_ETCD_KEY: " + loose + private + loose},
+		{"FLOCKER_ETCD_USER=u FLOCKER_ETCD_PASSWORD_FILE=" + loose, "setting FLOCKER_ETCD_PASSWORD_FILE: " + loose + private + loose},
 		{"FLOCKER_ETCD_CACERT=" + absent, `setting FLOCKER_ETCD_CACERT: open ` + absent + `: no such file or directory`},
 		{"FLOCKER_ETCD_ENDPOINTS=etcd1", `setting FLOCKER_ETCD_ENDPOINTS: "etcd1" has no host and port; use an address such as https://etcd1:2379`},
 		{"FLOCKER_ETCD_ENDPOINTS=ftp://etcd1:2379", `setting FLOCKER_ETCD_ENDPOINTS: "ftp://etcd1:2379" is not an address such as https://etcd1:2379`},
 		{"FLOCKER_ETCD_ENDPOINTS=http://a:2379 FLOCKER_ETCD_CACERT=" + secret, `setting FLOCKER_ETCD_ENDPOINTS: http://a:2379 would be used without TLS in spite of FLOCKER_ETCD_CACERT or FLOCKER_ETCD_CERT; use https`},
 		{"FLOCKER_ETCD_LISTEN=10.0.0.1", `setting FLOCKER_ETCD_LISTEN: "10.0.0.1" is not an address with a port, such as 10.0.0.1:2379`},
 		{"FLOCKER_ETCD_LISTEN=:1 FLOCKER_ETCD_ENDPOINTS=a:1", `setting FLOCKER_ETCD_LISTEN: there is no etcd inside the plugin when FLOCKER_ETCD_ENDPOINTS is set; unset one`},
+		{"FLOCKER_ETCD_LISTEN=10.0.0.1:2379", "setting FLOCKER_ETCD_LISTEN: " + open("10.0.0.1:2379")},
+		{"FLOCKER_ETCD_LISTEN=:2379", "setting FLOCKER_ETCD_LISTEN: " + open(":2379")},
+		{"FLOCKER_ETCD_LISTEN=alpha:2379", "setting FLOCKER_ETCD_LISTEN: " + open("alpha:2379")},
+		{"FLOCKER_CERTS=certs", `setting FLOCKER_CERTS: "certs" is not an absolute path`},
+		{"FLOCKER_CERTS=" + absent, "setting FLOCKER_CERTS: stat " + absent + "/cluster.crt: no such file or directory; docker flocker ca node makes a directory with it"},
 		{"FLOCKER_ETCD_PREFIX=//", `setting FLOCKER_ETCD_PREFIX: use a word such as flocker, or several with / between`},
 		{"FLOCKER_ETCD_CERT=" + secret + " FLOCKER_NODE_TTL=3s", `setting FLOCKER_ETCD_CERT: it goes together with FLOCKER_ETCD_KEY; set both or none; ` +
 			`setting FLOCKER_NODE_RENEW: 2.5s is not less than a third of FLOCKER_NODE_TTL, 3s`},
@@ -91,6 +113,71 @@ func TestSettings(t *testing.T) {
 		if got != test.want {
 			t.Errorf("%s:\ngot  %s\nwant %s", test.env, got, test.want)
 		}
+	}
+}
+
+// Certificates are where they are in the original Flocker, or where a managed plugin
+// sees them.
+func TestCertsFound(t *testing.T) {
+	before := etcFlocker
+	defer func() { etcFlocker = before }()
+	etc, state := t.TempDir(), t.TempDir()
+	etcFlocker = etc
+	find := func(want, problem string) {
+		t.Helper()
+		s, _, err := settingsFrom([]string{"FLOCKER_STATE_DIR=" + state})
+		got := ""
+		if err != nil {
+			got = err.Error()
+		}
+		if s.Certs != want || got != problem {
+			t.Errorf("got %q, %s, want %q, %s", s.Certs, got, want, problem)
+		}
+	}
+	find("", "")
+	certs := filepath.Join(state, "certs")
+	if err := os.Mkdir(certs, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	find("", "")
+	for _, dir := range []string{etc, certs} {
+		if err := os.WriteFile(filepath.Join(dir, "cluster.crt"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if dir == etc {
+			find(etc, "")
+		}
+	}
+	find("", "setting FLOCKER_CERTS: there are both "+etc+"/cluster.crt and "+certs+"/cluster.crt: remove one, or name one with FLOCKER_CERTS")
+	if err := os.Remove(filepath.Join(etc, "cluster.crt")); err != nil {
+		t.Fatal(err)
+	}
+	find(certs, "")
+}
+
+// A host's own certificates are for etcd, too, unless others are named.
+func TestCertsForEtcd(t *testing.T) {
+	dir, other := t.TempDir(), filepath.Join(t.TempDir(), "ca")
+	for _, file := range []string{filepath.Join(dir, "cluster.crt"), filepath.Join(dir, "node.crt"), filepath.Join(dir, "node.key"), other} {
+		if err := os.WriteFile(file, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for env, want := range map[string][3]string{
+		"FLOCKER_ETCD_ENDPOINTS=https://a:1,https://b:1":                  {dir + "/cluster.crt", dir + "/node.crt", dir + "/node.key"},
+		"FLOCKER_ETCD_ENDPOINTS=http://a:1":                               {},
+		"FLOCKER_ETCD_ENDPOINTS=a:1":                                      {},
+		"FLOCKER_ETCD_ENDPOINTS=https://a:1 FLOCKER_ETCD_CACERT=" + other: {other},
+		"FLOCKER_ETCD_LISTEN=10.0.0.1:1":                                  {},
+	} {
+		s, _, err := settingsFrom(append(strings.Fields(env), "FLOCKER_CERTS="+dir))
+		if got := [3]string{s.EtcdCACert, s.EtcdCert, s.EtcdKey}; err != nil || got != want {
+			t.Errorf("%s: got %q, %v, want %q", env, got, err, want)
+		}
+	}
+	_, _, err := settingsFrom([]string{"FLOCKER_CERTS=" + dir, "FLOCKER_ETCD_ENDPOINTS=https://a:1,http://b:1"})
+	if want := "setting FLOCKER_ETCD_ENDPOINTS: http://b:1 would be used without TLS in spite of FLOCKER_ETCD_CACERT or FLOCKER_ETCD_CERT; use https"; err == nil || err.Error() != want {
+		t.Errorf("got %v, want %s", err, want)
 	}
 }
 

@@ -2,10 +2,12 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"math/rand/v2"
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -38,23 +40,16 @@ func start(ctx context.Context, s settings, more []configured, srv *server, end 
 	endpoints := s.EtcdEndpoints
 	var dial func(context.Context) (*clientv3.Client, error)
 	if len(endpoints) == 0 {
-		endpoint, failed := etcdEndpoint(s.EtcdListen)
+		endpoint, failed := etcdEndpoint(s.EtcdListen, s.etcdCerts() != "")
 		if failed != nil {
 			log.WithField("err", failed).Error("no etcd inside the plugin")
 			return
 		}
 		endpoints = []string{endpoint}
 		// The driver does not wait for it: what is mounted is served without etcd.
-		inside := make(chan *clientv3.Client, 1)
-		defer etcdInside(ctx, s, log, inside)()
-		dial = func(ctx context.Context) (*clientv3.Client, error) {
-			select {
-			case client := <-inside:
-				return client, nil
-			case <-ctx.Done():
-				return nil, ctx.Err()
-			}
-		}
+		inside := &inside{client: make(chan *clientv3.Client, 1)}
+		defer inside.run(ctx, s, log)()
+		dial = inside.dial
 	}
 	store, err := persist(ctx, log, "etcd client", func() (*ownership.Etcd, error) {
 		return ownership.NewEtcd(ownership.EtcdConfig{
@@ -151,16 +146,25 @@ func openBackends(ctx context.Context, s settings, more []configured, node owner
 	return storage, func(ctx context.Context, name string) error { return guards[name].ready(ctx) }, nil
 }
 
-// etcdInside runs the etcd inside the plugin until stop is called, which is after
-// those who use it have ended. It sends one client for it.
-func etcdInside(ctx context.Context, s settings, log *logrus.Entry, inside chan<- *clientv3.Client) (stop func()) {
+// inside is the etcd inside the plugin, for its one client.
+type inside struct {
+	client chan *clientv3.Client
+	why    atomic.Pointer[error] // it does not start
+}
+
+// run runs it until stop is called, which is after those who use it have ended.
+func (i *inside) run(ctx context.Context, s settings, log *logrus.Entry) (stop func()) {
+	if s.EtcdInsecure && s.EtcdListen != "" {
+		log.WithField("address", s.EtcdListen).Warn("etcd serves whoever reaches it, without certificates")
+	}
 	end, ended := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(ended)
 		stopEtcd, err := persist(ctx, log, "etcd", func() (func(), error) {
 			_, stopEtcd, err := startEtcd(ctx, etcdConfig{
-				Dir: s.EtcdDir, Listen: s.EtcdListen, Log: log, Ready: func(c *clientv3.Client) { inside <- c },
+				Dir: s.EtcdDir, Listen: s.EtcdListen, Certs: s.etcdCerts(), Log: log, Ready: func(c *clientv3.Client) { i.client <- c },
 			})
+			i.why.Store(&err)
 			return stopEtcd, err
 		})
 		if err != nil {
@@ -172,6 +176,19 @@ func etcdInside(ctx context.Context, s settings, log *logrus.Entry, inside chan<
 	return func() {
 		close(end)
 		<-ended
+	}
+}
+
+// dial waits until it has started.
+func (i *inside) dial(ctx context.Context) (*clientv3.Client, error) {
+	select {
+	case client := <-i.client:
+		return client, nil
+	case <-ctx.Done():
+		if why := i.why.Load(); why != nil && *why != nil {
+			return nil, fmt.Errorf("%w (%w)", *why, ctx.Err())
+		}
+		return nil, ctx.Err()
 	}
 }
 

@@ -323,8 +323,13 @@ func (s *settings) backendsFile() (string, error) {
 	if s.Backends != "" {
 		return s.Backends, nil
 	}
+	return oneOf("FLOCKER_BACKENDS", etcBackends, filepath.Join(s.StateDir, "backends.yaml"))
+}
+
+// oneOf returns which of the files is there: "" if none is.
+func oneOf(setting string, files ...string) (string, error) {
 	var there []string
-	for _, file := range slices.Compact([]string{etcBackends, filepath.Join(s.StateDir, "backends.yaml")}) {
+	for _, file := range slices.Compact(files) {
 		_, err := os.Stat(file)
 		switch {
 		case err == nil:
@@ -334,7 +339,7 @@ func (s *settings) backendsFile() (string, error) {
 		}
 	}
 	if len(there) == 2 {
-		return "", fmt.Errorf("there are both %s and %s: remove one, or name one with FLOCKER_BACKENDS", there[0], there[1])
+		return "", fmt.Errorf("there are both %s and %s: remove one, or name one with %s", there[0], there[1], setting)
 	}
 	return strings.Join(there, ""), nil
 }
