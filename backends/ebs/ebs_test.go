@@ -69,7 +69,9 @@ func TestFaults(t *testing.T) {
 					return func() bool {
 						hit := c.Struck()
 						c.SetFaults()
-						c.startAll() // a fence that was held up stops the instance
+						if off := c.stopped(); len(off) > 0 {
+							t.Errorf("%s was stopped for a call that failed", off)
+						}
 						return hit
 					}
 				}}

@@ -25,6 +25,9 @@ func (b *Backend) Fast(sysfs, dev string, claimed func(path string) error, lag t
 // Impatient makes a backend wait for an answer no longer than that.
 func (b *Backend) Impatient(limit time.Duration) { b.pace.call = limit }
 
+// Grace is how long an instance has to let go of a volume.
+func (b *Backend) Grace(grace time.Duration) { b.pace.grace = grace }
+
 // FirstLook is how long a backend waits in earnest before it looks again for the first time.
 func FirstLook() time.Duration { return jitter(usual.first) }
 

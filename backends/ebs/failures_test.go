@@ -342,6 +342,32 @@ func TestFenceStopsTheInstance(t *testing.T) {
 	}
 }
 
+// An instance that lets go is not stopped because EC2 lets this host wait, for the detach or
+// for what has come of it.
+func TestFenceIsThrottled(t *testing.T) {
+	for name, c := range map[string]struct {
+		grace, delay time.Duration
+		fault        ec2test.Fault
+	}{
+		"throttled":   {10 * time.Millisecond, 0, ec2test.Fault{Action: "DetachVolume", Times: 6, Code: "RequestLimitExceeded", Status: 503}},
+		"slow":        {time.Second, 0, ec2test.Fault{Action: "DetachVolume", Slow: 2 * time.Second}},
+		"a slow look": {time.Second, 500 * time.Millisecond, ec2test.Fault{Action: "DescribeVolumes", After: 2, Times: 1, Slow: 2 * time.Second}},
+	} {
+		s := newStored(t, ec2test.Config{Delay: c.delay})
+		s.mustAttach(s.a, 10)
+		s.b.Grace(c.grace)
+		s.SetFaults(c.fault)
+		instance := s.instance("node-a")
+		evidence, err := s.fence(t.Context(), 10)
+		if want := fmt.Sprintf("%s has let go of %s, which EC2 shows detached", instance, s.id); err != nil || evidence != want {
+			t.Errorf("%s: got %q, %v; want %q", name, evidence, err, want)
+		}
+		if state := s.State(instance); state != "running" {
+			t.Errorf("%s: the instance is %s", name, state)
+		}
+	}
+}
+
 func TestFenceOfAStoppedInstance(t *testing.T) {
 	s := newStored(t, ec2test.Config{})
 	s.mustAttach(s.a, 10)

@@ -80,7 +80,7 @@ func (b *Backend) cut(ctx context.Context, c *conn, id, instance string) (string
 		}
 		slow, ok := errors.AsType[*stuck](err)
 		switch {
-		case !ok:
+		case !ok, ctx.Err() != nil:
 			return "", err
 		case instance == c.instance:
 			return "", fmt.Errorf("this host itself does not let go of it: %w", slow)
@@ -179,10 +179,12 @@ func (s *stuck) Error() string {
 func (s *stuck) Is(target error) bool { return target == backends.ErrUnavailable }
 
 // pull detaches a volume from an instance, not by force, and returns when EC2 shows
-// it detached.
+// it detached. limit is how long the instance has for that, from when EC2 has taken the call:
+// that EC2 throttles this host says nothing of the instance.
 func (b *Backend) pull(ctx context.Context, c *conn, id, instance string, limit time.Duration) error {
-	started, sent := time.Now(), false
-	for wait := b.pace.first; ; wait = min(wait*3/2, b.pace.most) {
+	var asked time.Time
+	for sent, wait := false, b.pace.first; ; wait = min(wait*3/2, b.pace.most) {
+		late := !asked.IsZero() && time.Since(asked) > limit // before the look, which may be slow
 		v, err := b.look(ctx, c, id)
 		if err != nil {
 			return err
@@ -194,6 +196,9 @@ func (b *Backend) pull(ctx context.Context, c *conn, id, instance string, limit 
 		if !ok {
 			return nil
 		}
+		if late {
+			return &stuck{id, instance, on.state}
+		}
 		detaching := on.state == types.VolumeAttachmentStateDetaching || on.state == types.VolumeAttachmentStateBusy
 		if !sent && !detaching {
 			_, err := c.ec2.DetachVolume(ctx, &ec2.DetachVolumeInput{VolumeId: &id, InstanceId: &instance}, b.once)
@@ -203,13 +208,13 @@ func (b *Backend) pull(ctx context.Context, c *conn, id, instance string, limit 
 				// this is no success, even if the volume is detached by now.
 				return c.explain(ctx, err, "DetachVolume")
 			case err == nil:
-				sent = true
+				sent, asked = true, time.Now()
 			case !is(err, "IncorrectState", "InvalidAttachment.NotFound", "InvalidVolume.NotFound"):
 				return c.explain(ctx, err, "DetachVolume")
 			}
 		}
-		if time.Since(started)+wait > limit {
-			return &stuck{id, instance, on.state}
+		if asked.IsZero() {
+			asked = time.Now()
 		}
 		if err := sleep(ctx, wait); err != nil {
 			return fmt.Errorf("%w: %w", &stuck{id, instance, on.state}, err)

@@ -91,18 +91,16 @@ func (c *cloud) instance(node string) string {
 	return c.instances[node]
 }
 
-// startAll starts the instances that were stopped.
-func (c *cloud) startAll() {
+// stopped returns the instances that do not run.
+func (c *cloud) stopped() (found []string) {
 	c.nodesMu.Lock()
 	defer c.nodesMu.Unlock()
 	for _, instance := range c.instances {
-		if c.State(instance) == "running" {
-			continue
-		}
-		if err := c.Change("StartInstances", map[string]string{"InstanceId.1": instance}); err != nil {
-			panic(err)
+		if c.State(instance) != "running" {
+			found = append(found, instance)
 		}
 	}
+	return found
 }
 
 func (c *cloud) node(cluster, node string) backends.Backend { return c.backend(cluster, node) }
@@ -152,10 +150,18 @@ func (c *cloud) Plug(instance, volume, _ string, gib int) {
 			panic(err)
 		}
 	}
-	if err := os.Rename(made, filepath.Join(c.dir, instance, "block", p.name)); err != nil {
+	block := filepath.Join(c.dir, instance, "block")
+	err := os.CopyFS(filepath.Join(block, p.path()), os.DirFS(made))
+	if err == nil {
+		err = os.Remove(filepath.Join(block, p.path(), "dev"))
+	}
+	if err = errors.Join(err, os.Rename(made, filepath.Join(block, p.name))); err != nil {
 		panic(err)
 	}
 }
+
+// path is what the kernel shows, before the disk itself, for a path to it with multipath.
+func (p *plug) path() string { return strings.Replace(p.name, "n1", "c0n1", 1) }
 
 func (c *cloud) Unplug(instance, volume string) {
 	c.mu.Lock()
@@ -166,8 +172,10 @@ func (c *cloud) Unplug(instance, volume string) {
 	}
 	p.gone = true
 	delete(c.plugs, instance+volume)
-	if err := os.RemoveAll(filepath.Join(c.dir, instance, "block", p.name)); err != nil {
-		panic(err)
+	for _, name := range []string{p.path(), p.name} {
+		if err := os.RemoveAll(filepath.Join(c.dir, instance, "block", name)); err != nil {
+			panic(err)
+		}
 	}
 }
 

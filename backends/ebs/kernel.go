@@ -24,7 +24,8 @@ type device struct {
 }
 
 var (
-	nvmeDisk  = regexp.MustCompile(`^nvme[0-9]+(c[0-9]+)?n[0-9]+$`)
+	// Not nvme0c0n1, a path to a disk with multipath, which has no node in /dev.
+	nvmeDisk  = regexp.MustCompile(`^nvme[0-9]+n[0-9]+$`)
 	xenDisk   = regexp.MustCompile(`^xvd[a-z]{1,2}$`)
 	nvmeVol   = regexp.MustCompile(`^vol-?([0-9a-f]{8,17})$`)
 	nvmeModel = "Amazon Elastic Block Store"

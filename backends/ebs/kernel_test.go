@@ -3,37 +3,45 @@ package ebs_test
 import (
 	"errors"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"strings"
 	"testing"
+	"time"
 
 	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/backends/attach/loop"
+	"github.com/flocker-plugin/flocker/backends/backendtest"
 	"github.com/flocker-plugin/flocker/backends/ebs"
 )
 
 // A real device is in use while somebody has it open, exclusively or not.
 func TestClaimed(t *testing.T) {
-	if os.Getuid() != 0 {
-		t.Skip("needs root")
-	}
+	backendtest.NeedRoot(t)
 	file := filepath.Join(t.TempDir(), "disk")
 	if err := os.WriteFile(file, make([]byte, 1<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	out, err := exec.Command("losetup", "--show", "-f", file).CombinedOutput()
+	d, err := loop.Attach(t.Context(), file)
 	if err != nil {
-		t.Fatalf("%v: %s", err, out)
+		t.Fatal(err)
 	}
-	path := strings.TrimSpace(string(out))
+	path := d.Path
 	defer func() {
-		if out, err := exec.Command("losetup", "-d", path).CombinedOutput(); err != nil {
-			t.Errorf("%v: %s", err, out)
+		if err := d.Detach(t.Context(), time.Second, func() {}); err != nil {
+			t.Error(err)
 		}
 	}()
-	if err := ebs.Claimed(path); err != nil {
-		t.Errorf("nobody has it open: %v", err)
+	unclaimed := func(when string) {
+		t.Helper()
+		var err error
+		for range 100 { // somebody may look at it, as at all disks of this machine
+			if err = ebs.Claimed(path); err == nil {
+				return
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+		t.Errorf("nobody has it open%s: %v", when, err)
 	}
+	unclaimed("")
 	for _, flag := range []int{os.O_RDWR, os.O_RDWR | os.O_EXCL} {
 		f, err := os.OpenFile(path, flag, 0)
 		if err != nil {
@@ -44,9 +52,7 @@ func TestClaimed(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := ebs.Claimed(path); err != nil {
-		t.Errorf("nobody has it open any more: %v", err)
-	}
+	unclaimed(" any more")
 	if err := ebs.Claimed("/dev/no-such-disk"); errors.Is(err, backends.ErrInUse) || err != nil {
 		t.Errorf("a device that is gone: %v", err)
 	}
