@@ -572,6 +572,11 @@ func TestDevices(t *testing.T) {
 		if !strings.HasPrefix(att.Device, "/dev/"+bus) {
 			t.Errorf("got %s", att.Device)
 		}
+		if device, err := s.open("node-a", att.Device, false); err != nil {
+			t.Error(err)
+		} else {
+			must(device.Close())
+		}
 		if atts, err := s.again("node-a", nil).Attachments(t.Context()); err != nil || len(atts) != 1 || atts[0] != att {
 			t.Errorf("got %v, %v; want %v", atts, err, att)
 		}
@@ -623,6 +628,23 @@ func TestFenceStopsTheServer(t *testing.T) {
 		t.Errorf("the server is %s", state)
 	}
 	s.mustAttach(s.b, 11)
+}
+
+// A server that lets go is not stopped because Nova lets this host wait.
+func TestFenceIsThrottled(t *testing.T) {
+	t.Parallel()
+	s := newStored(t, config{})
+	s.mustAttach(s.a, 10)
+	s.SetFaults(fault{Call: "DELETE servers/*/os-volume_attachments", Times: 4, Status: 429, Text: "Too many requests"})
+	s.b.Grace(10 * time.Millisecond)
+	node := s.server("node-a")
+	evidence, err := s.fence(s.b, 10)
+	if want := fmt.Sprintf("server %s has let go of volume %s, which Cinder and Nova show detached", node, s.vol.Ref); err != nil || evidence != want {
+		t.Errorf("got %q, %v; want %q", evidence, err, want)
+	}
+	if state := s.State(node); state != "ACTIVE" {
+		t.Errorf("the server is %s", state)
+	}
 }
 
 func TestFenceMayNotStop(t *testing.T) {

@@ -46,6 +46,7 @@ type plug struct {
 	*disk
 	c    *cloud
 	sys  string // its directory
+	path string // that of a path to it, with multipath
 	name string
 	open int
 	gone bool
@@ -175,6 +176,11 @@ func (c *cloud) Plug(server, volume string, gib int) {
 		must(os.WriteFile(filepath.Join(made, name), []byte(text), 0o644))
 	}
 	p.sys = filepath.Join(c.dir, server, "block", p.name)
+	if c.bus == "nvme" { // with multipath, its path is shown first
+		p.path = filepath.Join(c.dir, server, "block", strings.Replace(p.name, "n1", "c0n1", 1))
+		must(os.CopyFS(p.path, os.DirFS(made)))
+		must(os.Remove(filepath.Join(p.path, "dev")))
+	}
 	must(os.Rename(made, p.sys))
 }
 
@@ -189,6 +195,7 @@ func (c *cloud) Unplug(server, volume string) {
 	p.gone = true
 	delete(c.plugs, server+volume)
 	if p.sys != "" {
+		must(os.RemoveAll(p.path))
 		gone := filepath.Join(c.dir, server, p.name)
 		must(os.Rename(p.sys, gone)) // goes at once, with all it has
 		must(os.RemoveAll(gone))

@@ -31,7 +31,8 @@ type device struct {
 func (d device) of(id string) bool { return strings.HasPrefix(id, d.serial) }
 
 var (
-	diskForm   = regexp.MustCompile(`^(vd[a-z]+|sd[a-z]+|nvme[0-9]+(c[0-9]+)?n[0-9]+)$`)
+	// Not nvme0c0n1, a path to a disk with multipath, which has no node in /dev.
+	diskForm   = regexp.MustCompile(`^(vd[a-z]+|sd[a-z]+|nvme[0-9]+n[0-9]+)$`)
 	serialForm = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f-]{1,17}$`)
 )
 

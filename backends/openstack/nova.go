@@ -288,8 +288,8 @@ func (b *Nova) attachments(ctx context.Context) ([]backends.Attachment, error) {
 	})
 }
 
-// askAll completes what is known of the devices, and returns those attachments that
-// Nova has and the kernel has not.
+// askAll completes what is known of the devices, as far as it gets, and returns those
+// attachments that Nova has and the kernel has not.
 func (b *Nova) askAll(ctx context.Context, devices []device, lives map[string]known) (bare []backends.Attachment, pending bool, err error) {
 	server, err := b.Identity(ctx)
 	if err != nil {
@@ -476,11 +476,14 @@ func (h *hostDown) Error() string {
 func (h *hostDown) Is(target error) bool { return target == backends.ErrUnavailable }
 
 // pull detaches a volume from a server, and returns when Cinder and Nova show it
-// detached. They do when the hypervisor has taken the disk away.
+// detached. They do when the hypervisor has taken the disk away. limit is how long that may
+// take, from when Nova has taken the call: that it throttles this host says nothing of the server.
 func (b *Nova) pull(ctx context.Context, id, server string, limit time.Duration) error {
 	path := "servers/" + server + "/os-volume_attachments/" + id
-	started, sent, detaching := time.Now(), false, false
+	var asked time.Time
+	sent, detaching := false, false
 	for wait := b.pace.first; ; wait = min(wait*3/2, b.pace.most) {
+		late := !asked.IsZero() && time.Since(asked) > limit // before the looks, which may be slow
 		v, err := b.look(ctx, id)
 		if err != nil {
 			return err
@@ -507,7 +510,7 @@ func (b *Nova) pull(ctx context.Context, id, server string, limit time.Duration)
 			err := b.cinder.send(ctx, request{to: compute, method: http.MethodDelete, path: path})
 			switch {
 			case err == nil:
-				sent = true
+				sent, asked, late = true, time.Now(), false
 			case is(err, http.StatusConflict) && strings.Contains(strings.ToLower(err.Error()), "service is unavailable"):
 				return &hostDown{server, err}
 			case is(err, http.StatusNotFound): // the server, or its having the volume
@@ -524,11 +527,14 @@ func (b *Nova) pull(ctx context.Context, id, server string, limit time.Duration)
 		if detaching = detaching || v.status == "detaching"; detaching && v.status == "in-use" {
 			return &stuck{id, server, "Nova has given up"}
 		}
-		if time.Since(started)+wait > limit {
+		if late {
 			if refused != nil {
 				return refused
 			}
 			return &stuck{id, server, v.status}
+		}
+		if asked.IsZero() {
+			asked = time.Now()
 		}
 		if err := sleep(ctx, wait); err != nil {
 			return fmt.Errorf("%w: %w", &stuck{id, server, v.status}, err)
