@@ -250,6 +250,8 @@ func (c *connecting) reserve(ctx context.Context, v *volume) error {
 	var got struct {
 		Attachment attachment `json:"attachment"`
 	}
+	// Another node that sees it without a token for so long takes it for left behind.
+	bound := time.Now().Add(c.b.pace.orphan / 2)
 	// gophercloud's own call would send an empty instance_uuid, which is not none.
 	err := c.b.send(ctx, request{
 		to: volumes, method: http.MethodPost, path: "attachments", into: &got,
@@ -265,11 +267,20 @@ func (c *connecting) reserve(ctx context.Context, v *volume) error {
 	case err != nil:
 		return err
 	}
-	err = c.b.note(ctx, v.id, keyAttachment+got.Attachment.ID, fmt.Sprintf("%d %s", c.req.Token, c.b.self.Node))
-	if err != nil {
-		return errors.Join(err, c.b.free(ctx, got.Attachment.ID))
+	noting, cancel := context.WithDeadline(ctx, bound)
+	defer cancel()
+	err = c.b.note(noting, v.id, keyAttachment+got.Attachment.ID, fmt.Sprintf("%d %s", c.req.Token, c.b.self.Node))
+	if err == nil {
+		return nil
 	}
-	return nil
+	freeing, done := context.WithTimeout(context.WithoutCancel(ctx), 20*time.Second)
+	defer done()
+	err = errors.Join(err, c.b.free(freeing, got.Attachment.ID))
+	if unanswered(err) && ctx.Err() == nil && noting.Err() != nil {
+		c.refused = err
+		return nil // with a new one
+	}
+	return err
 }
 
 // connect makes the device of this call's attachment, and completes that.
@@ -575,11 +586,6 @@ func (b *Connector) attachments(ctx context.Context) ([]backends.Attachment, err
 // askAll completes what is known of the devices, and returns the attachments of this
 // node that have no device, such as those of before it was started anew.
 func (b *Connector) askAll(ctx context.Context, devices []block, lives map[string]known) (bare []backends.Attachment, pending bool, err error) {
-	for _, d := range devices {
-		if _, ok := lives[d.life]; !ok {
-			lives[d.life] = known{}
-		}
-	}
 	all, err := b.list(ctx, keyCluster, b.self.Cluster)
 	if err != nil {
 		return nil, false, err
@@ -615,6 +621,11 @@ func (b *Connector) askAll(ctx context.Context, devices []block, lives map[strin
 				att.Device = devices[i].path
 				lives[devices[i].life] = known{true, att}
 			}
+		}
+	}
+	for _, d := range devices {
+		if _, ok := lives[d.life]; !ok {
+			lives[d.life] = known{} // none of this node's, now that all have been asked about
 		}
 	}
 	return bare, pending, nil

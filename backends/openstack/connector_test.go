@@ -307,6 +307,35 @@ func TestConnectorLeftReserved(t *testing.T) {
 	}
 }
 
+// A host that cannot say in time that an attachment is its own gives it back by itself, before
+// another one takes it for left behind.
+func TestConnectorNoteIsSlow(t *testing.T) {
+	t.Parallel()
+	backendtest.NeedRoot(t)
+	c := newBare(t, 0)
+	a, _, vol, att := attached(t, c)
+	if err := a.Detach(t.Context(), att); err != nil {
+		t.Fatal(err)
+	}
+	before := c.Calls()["DELETE attachments/*"]
+	c.SetFaults(openstacktest.Fault{Call: "POST volumes/*/metadata", Times: 1, Hang: true})
+	att, err := a.Attach(t.Context(), backends.AttachRequest{Ref: vol.Ref, Volume: vol.ID, Token: 11})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if freed := c.Calls()["DELETE attachments/*"] - before; freed == 0 {
+		t.Error("it has used the attachment that it could not note in time")
+	}
+	if err := a.Detach(t.Context(), att); err != nil {
+		t.Error(err)
+	}
+	for key := range c.Metadata(vol.Ref) {
+		if strings.HasPrefix(key, "flocker_attachment") {
+			t.Errorf("%s is left", key)
+		}
+	}
+}
+
 // Nobody but an operator can free what a dead host has attached.
 func TestConnectorDeadHost(t *testing.T) {
 	t.Parallel()

@@ -2,6 +2,7 @@ package openstack
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
@@ -21,6 +22,9 @@ import (
 // another is ready. That these are two steps does no harm: whoever made a volume that
 // is the first looks for a ready one after having made it, and whoever returns a ready
 // one looks for a smaller one after it was marked; one of the two sees the other.
+//
+// What then is not ready was made by a call that was cut short, or by one that will see the
+// ready one. Nobody has it, or gets it any more, and so it is deleted: here, and by Delete.
 func (b *cinder) Create(ctx context.Context, req backends.CreateRequest) (backends.Volume, error) {
 	v, err := b.create(ctx, req)
 	if err != nil {
@@ -83,6 +87,8 @@ func (c *creating) step(ctx context.Context) (done bool, err error) {
 	}
 	switch {
 	case first.ready:
+		// What this does not get done, Delete does.
+		_ = c.b.sweep(ctx, all)
 		c.made = first
 		return true, nil
 	case first.maker != c.b.maker:
@@ -96,7 +102,8 @@ func (c *creating) step(ctx context.Context) (done bool, err error) {
 	}
 	marking, cancel := context.WithDeadline(ctx, c.fresh.Add(c.b.pace.orphan*3/4)) // no mark comes late
 	defer cancel()
-	if err = c.b.note(marking, first.id, keyReady, c.b.self.Node); unanswered(err) && ctx.Err() == nil {
+	err = c.b.note(marking, first.id, keyReady, c.b.self.Node)
+	if is(err, http.StatusNotFound) || unanswered(err) && ctx.Err() == nil {
 		return false, nil // the list says what has come of it
 	}
 	return false, err
@@ -157,6 +164,19 @@ func (b *cinder) abandoned(ctx context.Context, v *volume) error {
 	return b.drop(ctx, v.id)
 }
 
+// sweep deletes those of a dataset's volumes that never were anybody's. One that is being made
+// cannot be deleted yet.
+func (b *cinder) sweep(ctx context.Context, all []*volume) error {
+	var errs error
+	for _, v := range all {
+		used := v.ready || len(v.keys)+len(v.clients)+len(v.cuts) > 0
+		if !used && (v.status == "available" || v.status == "error") {
+			errs = errors.Join(errs, b.drop(ctx, v.id))
+		}
+	}
+	return errs
+}
+
 // drop deletes a volume that never was anybody's.
 func (b *cinder) drop(ctx context.Context, id string) error {
 	err := b.send(ctx, request{to: volumes, method: http.MethodDelete, path: "volumes/" + id})
@@ -200,6 +220,17 @@ func (b *cinder) delete(ctx context.Context, ref string) error {
 			return false, refused
 		case v.status != "available" && !strings.HasPrefix(v.status, "error"):
 			return false, nil // it is being detached
+		}
+		// First, as nobody knows of them when this one has gone.
+		if tries == 0 {
+			all, err := b.list(ctx, keyDataset, v.ID)
+			if err != nil {
+				return false, err
+			}
+			all = slices.DeleteFunc(all, func(other *volume) bool { return other.id == ref || other.Cluster != v.Cluster })
+			if err := b.sweep(ctx, all); err != nil {
+				return false, err
+			}
 		}
 		tries++
 		err = b.send(ctx, request{to: volumes, method: http.MethodDelete, path: "volumes/" + ref})

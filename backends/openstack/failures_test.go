@@ -324,26 +324,82 @@ func TestCreateFails(t *testing.T) {
 // What calls that nobody knows of have left does not count, and is deleted.
 func TestCreateAfterAbandonedOnes(t *testing.T) {
 	t.Parallel()
-	for range 2 { // of which some have smaller ids, and some larger ones
-		s := newStored(t, config{})
-		var left []string
-		s.Do(func(c *server) {
-			for range 3 {
-				left = append(left, c.Add(s.cluster, s.vol.ID, false))
-			}
-		})
-		if all, err := s.b.List(t.Context()); err != nil || len(all) != 1 || all[0] != s.vol {
-			t.Errorf("got %v, %v", all, err)
-		}
-		again, err := s.b.Create(t.Context(), backends.CreateRequest{ID: s.vol.ID, Name: "db", Cluster: s.cluster, Size: 1 << 30})
-		if err != nil || again != s.vol {
-			t.Errorf("got %v, %v; want %v", again, err, s.vol)
-		}
-		for _, id := range left {
-			if id < s.vol.Ref && strings.Contains(strings.Join(s.Volumes(), " "), id) {
-				t.Errorf("%s is still there", id)
+	s := newStored(t, config{})
+	for s.vol.Ref < "4" || s.vol.Ref > "c" {
+		s.vol = s.create(s.a)
+	}
+	kept := s.Volumes()
+	s.Do(func(c *server) {
+		smaller, larger := 0, 0
+		for smaller == 0 || larger == 0 {
+			if c.Add(s.cluster, s.vol.ID, false) < s.vol.Ref {
+				smaller++
+			} else {
+				larger++
 			}
 		}
+	})
+	if all, err := s.b.List(t.Context()); err != nil || len(all) != len(kept) || !slices.Contains(all, s.vol) {
+		t.Errorf("got %v, %v", all, err)
+	}
+	again, err := s.b.Create(t.Context(), backends.CreateRequest{ID: s.vol.ID, Name: "db", Cluster: s.cluster, Size: 1 << 30})
+	if err != nil || again != s.vol {
+		t.Errorf("got %v, %v; want %v", again, err, s.vol)
+	}
+	if all := s.Volumes(); !slices.Equal(all, kept) {
+		t.Errorf("there are %q, want %q", all, kept)
+	}
+}
+
+// What calls that nobody knows of have left goes before the volume, and nothing else does.
+func TestDeleteAfterAbandonedOnes(t *testing.T) {
+	t.Parallel()
+	s := newStored(t, config{})
+	var left, kept []string
+	s.Do(func(c *server) {
+		for range 3 {
+			left = append(left, c.Add(s.cluster, s.vol.ID, false))
+		}
+		used := c.Add(s.cluster, s.vol.ID, false)
+		c.Note(used, "flocker_attached_"+uuid.NewString()+"_7", "node-c")
+		kept = []string{used, c.Add(s.cluster, s.vol.ID, true), c.Add(uuid.NewString(), s.vol.ID, false), c.Add(s.cluster, uuid.NewString(), false)}
+	})
+	s.SetFaults(fault{Call: "DELETE volumes/*", After: 1, Times: 1, Status: 403, Text: "Policy doesn't allow volume:delete to be performed."})
+	err := s.a.Delete(t.Context(), s.vol.Ref)
+	want(t, err, backends.ErrUnavailable, "delete volume", "volume:delete", "needs a role")
+	if _, err := s.a.Get(t.Context(), s.vol.Ref); err != nil {
+		t.Errorf("it has gone before the others: %v", err)
+	}
+	s.SetFaults()
+	if err := s.a.Delete(t.Context(), s.vol.Ref); err != nil {
+		t.Fatal(err)
+	}
+	slices.Sort(kept)
+	if all := s.Volumes(); !slices.Equal(all, kept) {
+		t.Errorf("there are %q, want %q; to be deleted were %q", all, kept, left)
+	}
+}
+
+// A process that asks whose the host's disks are, and is not told everything, asks about the rest.
+func TestAttachmentsAreAskedOnce(t *testing.T) {
+	t.Parallel()
+	s := newStored(t, config{})
+	s.mustAttach(s.a, 10)
+	for range 2 {
+		s.vol = s.create(s.a)
+		s.mustAttach(s.a, 10)
+	}
+	a := s.again("node-a", nil)
+	s.SetFaults(fault{Call: "GET volumes/*", After: 2, Status: 503})
+	_, err := a.Attachments(t.Context())
+	want(t, err, backends.ErrUnavailable, "list attachments", "Cinder itself has failed")
+	s.SetFaults()
+	before := s.Calls()["GET volumes/*"]
+	if atts, err := a.Attachments(t.Context()); err != nil || len(atts) != 3 {
+		t.Errorf("got %v, %v", atts, err)
+	}
+	if looks := s.Calls()["GET volumes/*"] - before; looks != 1 {
+		t.Errorf("it was asked about %d volumes, want 1", looks)
 	}
 }
 

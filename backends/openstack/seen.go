@@ -1,6 +1,7 @@
 package openstack
 
 import (
+	"maps"
 	"sync"
 
 	"github.com/flocker-plugin/flocker/backends"
@@ -37,7 +38,8 @@ func (s *seen) add(life string, att backends.Attachment) {
 }
 
 // attachments returns the attachments of the devices that the kernel shows, and those
-// of OpenStack that it does not show. ask completes what is known of the devices.
+// of OpenStack that it does not show. ask completes what is known of the devices; what it
+// has learned when it fails is kept.
 func (s *seen) attachments(devices []string, ask func(lives map[string]known) (bare []backends.Attachment, pending bool, err error)) ([]backends.Attachment, error) {
 	s.mu.Lock()
 	calls, asks := s.calls, s.asked < s.calls
@@ -54,6 +56,9 @@ func (s *seen) attachments(devices []string, ask func(lives map[string]known) (b
 	if asks {
 		var err error
 		if atts, pending, err = ask(lives); err != nil {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			maps.Copy(s.lives, lives)
 			return nil, err
 		}
 	}

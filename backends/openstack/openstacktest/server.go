@@ -66,6 +66,7 @@ type Guest interface {
 // those of Keystone. The first that fits is the one a call suffers.
 type Fault struct {
 	Call  string
+	After int // so many calls are spared before
 	Times int // 0 is all
 	// Status and Text refuse the call, without effect.
 	Status     int
@@ -358,6 +359,10 @@ func (c call) object(key string, into any) *refusal {
 func (s *Server) fault(name string) Fault {
 	for _, f := range s.faults {
 		if !strings.Contains(name, f.Call) || f.Times < 0 {
+			continue
+		}
+		if f.After > 0 {
+			f.After--
 			continue
 		}
 		is := *f
