@@ -119,6 +119,7 @@ type connecting struct {
 	changed bool
 	refused error
 	tries   int
+	looked  time.Time // when the volume was last asked for
 
 	client string // the key under which this call's client is noted
 	made   block  // its device
@@ -141,6 +142,7 @@ func (c *connecting) undo(ctx context.Context) error {
 
 // step looks at the volume, and does what is next.
 func (c *connecting) step(ctx context.Context) (done bool, err error) {
+	c.looked = time.Now()
 	v, err := c.b.find(ctx, c.req.Ref)
 	if err != nil {
 		return false, err
@@ -218,7 +220,7 @@ func (c *connecting) judge(ctx context.Context, v *volume, a attachment, here bo
 	switch {
 	case !ok && a.Instance == "" && a.Status == "reserved":
 		// Whoever made it notes its token before using it, or has died.
-		if c.b.late(a.ID) {
+		if c.b.late(a.ID, c.looked) {
 			return false, c.b.free(ctx, a.ID)
 		}
 		return false, nil
@@ -419,15 +421,16 @@ func thisHost() map[string]any {
 	}
 }
 
-// late says that something which somebody ought to complete is seen for too long.
-func (b *cinder) late(id string) bool {
+// late says that something which somebody ought to complete is seen for too long. asked is
+// when it was asked whether it is complete: the answer may be old.
+func (b *cinder) late(id string, asked time.Time) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	since, seen := b.idle[id]
 	switch {
 	case !seen:
 		b.idle[id] = time.Now()
-	case time.Since(since) > b.pace.orphan:
+	case asked.Sub(since) > b.pace.orphan:
 		delete(b.idle, id)
 		return true
 	}

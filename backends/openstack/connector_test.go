@@ -336,6 +336,39 @@ func TestConnectorNoteIsSlow(t *testing.T) {
 	}
 }
 
+// A host notes in time that an attachment is its own, and another that was held up for longer
+// goes by what it has seen before.
+func TestConnectorHeldUp(t *testing.T) {
+	t.Parallel()
+	backendtest.NeedRoot(t)
+	c := newBare(t, 0)
+	a, b, vol, att := attached(t, c)
+	if err := a.Detach(t.Context(), att); err != nil {
+		t.Fatal(err)
+	}
+	id := ""
+	c.Do(func(s *openstacktest.Server) { id = s.Reserve(vol.Ref) })
+	asked := c.Calls()["GET attachments"]
+	c.SetFaults(openstacktest.Fault{Call: "GET attachments", After: 1, Times: 1, Slow: 5 * time.Second})
+	go func() {
+		for c.Calls()["GET attachments"] < asked+2 && t.Context().Err() == nil {
+			time.Sleep(time.Millisecond)
+		}
+		c.Do(func(s *openstacktest.Server) { s.Note(vol.Ref, "flocker_attachment_"+id, "11 node-a") })
+	}()
+	_, err := b.Attach(t.Context(), backends.AttachRequest{Ref: vol.Ref, Volume: vol.ID, Token: 12})
+	holder, ok := errors.AsType[*backends.AttachedError](err)
+	if !ok || holder.Node != "node-a" || holder.Token != 11 {
+		t.Errorf("got %v, want it to be attached to node-a under token 11", err)
+	}
+	if _, on := c.Attached(vol.Ref); len(on) != 1 {
+		t.Errorf("it has %d attachments", len(on))
+	}
+	if err := b.Detach(t.Context(), backends.Attachment{Ref: vol.Ref, Volume: vol.ID, Node: "node-b", Token: 12}); err != nil {
+		t.Error(err)
+	}
+}
+
 // Nobody but an operator can free what a dead host has attached.
 func TestConnectorDeadHost(t *testing.T) {
 	t.Parallel()

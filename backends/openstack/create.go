@@ -64,6 +64,7 @@ type creating struct {
 }
 
 func (c *creating) step(ctx context.Context) (done bool, err error) {
+	asked := time.Now()
 	all, err := c.b.list(ctx, keyDataset, c.req.ID)
 	if err != nil {
 		return false, err
@@ -92,7 +93,7 @@ func (c *creating) step(ctx context.Context) (done bool, err error) {
 		c.made = first
 		return true, nil
 	case first.maker != c.b.maker:
-		return false, c.b.abandoned(ctx, first)
+		return false, c.b.abandoned(ctx, first, asked)
 	case first.status != "available":
 		c.fresh = time.Now()
 		return false, nil
@@ -157,8 +158,8 @@ func (c *creating) failed(ctx context.Context, v *volume) error {
 
 // abandoned deletes a volume that another process has made and does not mark, because
 // its call was cancelled or its host is dead.
-func (b *cinder) abandoned(ctx context.Context, v *volume) error {
-	if v.status != "available" || !b.late(v.id) {
+func (b *cinder) abandoned(ctx context.Context, v *volume, asked time.Time) error {
+	if v.status != "available" || !b.late(v.id, asked) {
 		return nil
 	}
 	return b.drop(ctx, v.id)

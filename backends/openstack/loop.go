@@ -104,16 +104,17 @@ func (l loops) of(ctx context.Context, volume, file string) (loopDevice, bool, e
 		return loopDevice{}, false, err
 	}
 	all, err := l.all(ctx)
+	var found loopDevice
 	for _, d := range all {
 		switch {
 		case d.volume != volume:
 		case slices.Contains(here, d.Device) && d.Name() == filepath.Base(file) && !d.Deleted():
-			return d, true, nil
+			found = d
 		default:
 			return d, false, fmt.Errorf("%s has %s, and Cinder says %s: %w", d.Path, d.File, file, backends.ErrInUse)
 		}
 	}
-	return loopDevice{}, false, err
+	return found, found.Path != "", err
 }
 
 // file returns the path on this host of the file that Cinder names.

@@ -75,8 +75,9 @@ type Fault struct {
 	// Hang answers nothing until the caller has gone, without effect.
 	Hang bool
 	// Drop closes the connection after the call has had its effect, Half in the middle of
-	// the answer.
+	// the answer, and Slow holds the answer back.
 	Drop, Half bool
+	Slow       time.Duration
 }
 
 // Server is the imitation. URL is that of Keystone, without /v3.
@@ -206,9 +207,10 @@ func (s *Server) Multi(volume string) { s.volumes[volume].multi = true }
 func (s *Server) Snapshots(volume string, n int) { s.volumes[volume].snapshots = n }
 
 // Reserve makes an attachment that nobody completes.
-func (s *Server) Reserve(volume string) {
+func (s *Server) Reserve(volume string) (id string) {
 	a := &attachment{id: s.id(), volume: volume, status: "reserved"}
 	s.atts[a.id], s.volumes[volume].status = a, "reserved"
+	return a.id
 }
 
 // Detach deletes a volume's attachments, as an administrator who knows better.
@@ -450,6 +452,7 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 		answer, status, bad = s.nova(c)
 	}
 	s.mu.Unlock()
+	time.Sleep(fault.Slow)
 	switch {
 	case fault.Drop:
 		panic(http.ErrAbortHandler)
