@@ -1,6 +1,7 @@
 package openstack_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -37,7 +38,10 @@ func newShare(t backendtest.T, dir string) *share {
 	t.Helper()
 	s := &share{t: t, dir: dir, mounts: map[string]string{}}
 	t.Cleanup(func() {
-		for _, dir := range s.mounts {
+		for node, dir := range s.mounts {
+			if err := s.reboot(node); err != nil { // what a test that failed has left
+				t.Errorf("%v", err)
+			}
 			if out, err := exec.Command("umount", dir).CombinedOutput(); err != nil {
 				t.Errorf("umount %s: %v: %s", dir, err, out)
 			}
@@ -81,12 +85,14 @@ func (s *share) Unplug(string, string)     {}
 func (s *share) Holds(string, string) bool { return false }
 
 // reboot takes a node's loop devices away.
-func (s *share) reboot(node string) {
-	devices, err := loop.In(s.t.Context(), s.mount(node))
-	must(err)
+func (s *share) reboot(node string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	devices, err := loop.In(ctx, s.mount(node))
 	for _, d := range devices {
-		must(d.Detach(s.t.Context(), time.Minute, func() {}))
+		err = errors.Join(err, d.Detach(ctx, time.Minute, func() {}))
 	}
+	return err
 }
 
 // file is where a node has a volume's.
@@ -152,7 +158,6 @@ func attached(t *testing.T, c *bare) (a, b backends.Backend, vol backends.Volume
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = a.Detach(t.Context(), att) })
 	return a, b, vol, att
 }
 
@@ -199,7 +204,7 @@ func TestConnectorRestarted(t *testing.T) {
 	backendtest.NeedRoot(t)
 	c := newBare(t, 0)
 	_, _, vol, att := attached(t, c)
-	c.reboot("node-a")
+	must(c.reboot("node-a"))
 	out, err := exec.Command("unshare", "-m", "sh", "-e", "-c", `mount --bind "$1" "$1"; losetup --find --show "$1/$2"`,
 		"sh", c.mount("node-a"), "volume-"+vol.Ref).Output()
 	if err != nil {
@@ -383,7 +388,7 @@ func TestConnectorDeadHost(t *testing.T) {
 	want(t, err, backends.ErrInUse, "attached to node-a; if that host is off for good, type: cinder attachment-delete "+att.ID)
 	want(t, b.Detach(t.Context(), att), backends.ErrInvalid, "only its host can detach it", "cinder attachment-delete "+att.ID)
 	// The host was started anew: its kernel has no device, and Cinder an attachment.
-	c.reboot("node-a")
+	must(c.reboot("node-a"))
 	atts, err := c.node(vol.Cluster, "node-a").Attachments(t.Context())
 	if err != nil || len(atts) != 1 || atts[0].ID != att.ID || atts[0].Device != "" || atts[0].Token != 10 {
 		t.Errorf("got %v, %v", atts, err)
