@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -35,8 +34,9 @@ import (
 	"github.com/flocker-plugin/flocker/control/certs"
 )
 
-// etcdAddress is where the etcd inside the plugin listens for the plugin alone.
-const etcdAddress = "127.0.0.1:24379"
+// etcdAlone is the endpoint of an etcd that serves the plugin alone, for error texts: it
+// listens nowhere, since whoever reached it could change who has which volume.
+const etcdAlone = "this host"
 
 // etcdReady is how long the etcd inside the plugin may take to start: it reads
 // its whole log, on a disk that may be busy at boot.
@@ -46,7 +46,7 @@ const etcdReady = 60 * time.Second
 type etcdConfig struct {
 	// Dir holds its data. It is made if it is not there.
 	Dir string
-	// Listen is the host:port to serve other hosts on; empty is this host only.
+	// Listen is the host:port to serve other hosts on; empty is this process only.
 	Listen string
 	// Certs is the directory with this host's certificates: with them it has TLS, and
 	// takes the cluster's hosts alone. Empty: it has none, and takes everybody.
@@ -61,7 +61,6 @@ type etcdConfig struct {
 // returns the endpoint to reach it at. It blocks until etcd is ready; after an
 // error it may be called again.
 func startEtcd(ctx context.Context, cfg etcdConfig) (endpoint string, stop func(), err error) {
-	listen := cmp.Or(cfg.Listen, etcdAddress)
 	endpoint, err = etcdEndpoint(cfg.Listen, cfg.Certs != "")
 	if err != nil {
 		return "", nil, fmt.Errorf("start etcd: %w", err)
@@ -78,16 +77,18 @@ func startEtcd(ctx context.Context, cfg etcdConfig) (endpoint string, stop func(
 	if err != nil {
 		return "", nil, fmt.Errorf("start etcd: %w", err)
 	}
-	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", listen)
-	if err != nil {
-		unlock()
-		return "", nil, fmt.Errorf("start etcd: cannot listen on %s; free it, or set FLOCKER_ETCD_LISTEN to another address: %w", listen, err)
-	}
-	defer func() {
-		if err != nil {
-			_ = listener.Close()
+	var listener net.Listener
+	if cfg.Listen != "" {
+		if listener, err = (&net.ListenConfig{}).Listen(ctx, "tcp", cfg.Listen); err != nil {
+			unlock()
+			return "", nil, fmt.Errorf("start etcd: cannot listen on %s; free it, or set FLOCKER_ETCD_LISTEN to another address: %w", cfg.Listen, err)
 		}
-	}()
+		defer func() {
+			if err != nil {
+				_ = listener.Close()
+			}
+		}()
+	}
 
 	log := &etcdLog{log: cfg.Log, given: make(chan string, 1)}
 	config := embedConfig(cfg.Dir, endpoint, log)
@@ -114,6 +115,9 @@ func startEtcd(ctx context.Context, cfg etcdConfig) (endpoint string, stop func(
 			log.ready.Store(true)
 			if cfg.Ready != nil {
 				cfg.Ready(v3client.New(e.Server))
+			}
+			if listener == nil {
+				return endpoint, end, nil
 			}
 			server := serveEtcd(e.Server, listener, creds)
 			return endpoint, func() { server.Stop(); end() }, nil
@@ -160,7 +164,9 @@ func giveUp(dir, reason string) error {
 // etcdEndpoint is what startEtcd will return for that address to listen on, so
 // that clients can be made before there is a server.
 func etcdEndpoint(listen string, secure bool) (string, error) {
-	listen = cmp.Or(listen, etcdAddress)
+	if listen == "" {
+		return etcdAlone, nil
+	}
 	host, port, err := net.SplitHostPort(listen)
 	if err != nil {
 		return "", fmt.Errorf("address %q is not of the form host:port", listen)
@@ -274,9 +280,12 @@ func embedConfig(dir, endpoint string, log *etcdLog) *embed.Config {
 	c := embed.NewConfig()
 	c.Name = "flocker"
 	c.Dir = filepath.Join(dir, "member-data")
-	scheme, host, _ := strings.Cut(endpoint, "://")
-	c.ListenClientUrls, c.AdvertiseClientUrls = nil, []url.URL{{Scheme: scheme, Host: host}}
-	// There are no peers, and nothing listens for any. The URL is only a name.
+	// Clients are served by serveEtcd. What is advertised is only a name.
+	c.ListenClientUrls, c.AdvertiseClientUrls = nil, []url.URL{{Scheme: "http", Host: "127.0.0.1:24379"}}
+	if scheme, host, ok := strings.Cut(endpoint, "://"); ok {
+		c.AdvertiseClientUrls = []url.URL{{Scheme: scheme, Host: host}}
+	}
+	// There are no peers, and nothing listens for any. The URL is only a name, too.
 	c.ListenPeerUrls = nil
 	c.AdvertisePeerUrls = []url.URL{{Scheme: "http", Host: "127.0.0.1:24380"}}
 	c.InitialCluster = c.InitialClusterFromName(c.Name)

@@ -5,7 +5,9 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -139,6 +141,47 @@ func TestEtcdKeepsData(t *testing.T) {
 		}
 		stop()
 	}
+}
+
+// Where no address is set nobody but the plugin reaches its etcd, not even on this host.
+func TestEtcdAlone(t *testing.T) {
+	var inside *clientv3.Client
+	before := listeners(t)
+	endpoint, stop, err := startEtcd(t.Context(), etcdConfig{Dir: t.TempDir(), Log: testLog(t), Ready: func(c *clientv3.Client) { inside = c }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stop()
+	if endpoint != "this host" {
+		t.Errorf("got endpoint %s", endpoint)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if _, err := inside.Put(ctx, "k", "v"); err != nil {
+		t.Error(err)
+	}
+	if now := listeners(t); now != before {
+		t.Errorf("the process listens on %d sockets, before on %d", now, before)
+	}
+}
+
+// listeners is on how many sockets this process listens.
+func listeners(t *testing.T) (n int) {
+	t.Helper()
+	open, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, entry := range open {
+		fd, err := strconv.Atoi(entry.Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if listens, err := syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_ACCEPTCONN); err == nil && listens == 1 {
+			n++
+		}
+	}
+	return n
 }
 
 func TestEtcdListensOnAll(t *testing.T) {

@@ -37,7 +37,7 @@ type settings struct {
 	EtcdUser         string   `option:"FLOCKER_ETCD_USER" help:"user at etcd"`
 	EtcdPasswordFile string   `option:"FLOCKER_ETCD_PASSWORD_FILE" help:"file with the password of that user"`
 	EtcdPrefix       string   `option:"FLOCKER_ETCD_PREFIX" default:"flocker" help:"what the keys of this cluster begin with"`
-	EtcdListen       string   `option:"FLOCKER_ETCD_LISTEN" help:"address, such as 10.0.0.1:2379, on which the etcd inside the plugin serves other hosts, which it knows by their certificates; empty: this host only"`
+	EtcdListen       string   `option:"FLOCKER_ETCD_LISTEN" help:"address, such as 10.0.0.1:2379, on which the etcd inside the plugin serves other hosts, which it knows by their certificates; empty: none"`
 	EtcdInsecure     bool     `option:"FLOCKER_ETCD_INSECURE" default:"false" help:"let the etcd inside the plugin serve whoever reaches it, without certificates"`
 	EtcdDir          string   `option:"FLOCKER_ETCD_DIR" help:"directory of the etcd inside the plugin; empty: etcd in the state directory"`
 
