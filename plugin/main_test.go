@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/flocker-plugin/flocker/control/api"
+	"github.com/flocker-plugin/flocker/e2e/apart"
 )
 
 // TestMain is the plugin itself in the processes that tests start.
@@ -25,7 +26,7 @@ func TestMain(m *testing.M) {
 		main()
 		return
 	}
-	os.Exit(m.Run())
+	os.Exit(apart.Main(m))
 }
 
 // process is the plugin running with a state directory of its own.
@@ -150,7 +151,7 @@ func awaitLive(t *testing.T, socket, boot string) {
 	}
 }
 
-const starting = 10 * time.Second // for the etcd inside, on a busy machine
+const starting = time.Minute // for the etcd inside, on a busy machine
 
 func TestProcess(t *testing.T) {
 	if os.Geteuid() != 0 {
@@ -158,8 +159,8 @@ func TestProcess(t *testing.T) {
 	}
 	dir, etcd := t.TempDir(), "FLOCKER_ETCD_LISTEN="+freeAddress(t)
 	p := plugin(t.Context(), dir, etcd).begin(t)
-	p.await(t, 10*time.Second, "/Plugin.Activate", "", `{"Implements":["VolumeDriver"]}`)
-	p.await(t, 10*time.Second, "/VolumeDriver.Capabilities", "{}\n", `{"Capabilities":{"Scope":"global"}}`)
+	p.await(t, starting, "/Plugin.Activate", "", `{"Implements":["VolumeDriver"]}`)
+	p.await(t, starting, "/VolumeDriver.Capabilities", "{}\n", `{"Capabilities":{"Scope":"global"}}`)
 	// The first call waits for etcd, and is not refused.
 	p.await(t, starting, "/VolumeDriver.Create", `{"Name":"v0","Opts":{"size":"20M"}}`, `{}`)
 	p.await(t, starting, "/VolumeDriver.Remove", `{"Name":"v0"}`, `{}`)
@@ -186,7 +187,7 @@ func TestProcess(t *testing.T) {
 		}
 	}
 	p = plugin(t.Context(), dir, etcd).begin(t)
-	p.await(t, 10*time.Second, "/VolumeDriver.Capabilities", "{}\n", `{"Capabilities":{"Scope":"global"}}`)
+	p.await(t, starting, "/VolumeDriver.Capabilities", "{}\n", `{"Capabilities":{"Scope":"global"}}`)
 	got, err := p.post(t.Context(), "/VolumeDriver.Get", `{"Name":"v1"}`)
 	if err != nil || !strings.HasPrefix(got, `{"Volume":{"Name":"v1",`) {
 		t.Errorf("after kill -9: got %s, %v, want the volume", got, err)
@@ -203,7 +204,7 @@ func TestProcess(t *testing.T) {
 		t.Fatal(err)
 	}
 	p = plugin(t.Context(), dir, etcd, "FLOCKER_ETCD_DIR="+broken).begin(t)
-	p.await(t, 10*time.Second, "/VolumeDriver.Capabilities", "{}\n", `{"Capabilities":{"Scope":"global"}}`)
+	p.await(t, starting, "/VolumeDriver.Capabilities", "{}\n", `{"Capabilities":{"Scope":"global"}}`)
 	got, err = p.post(t.Context(), "/VolumeDriver.Get", `{"Name":"v1"}`)
 	if err != nil || !strings.HasPrefix(got, `{"Volume":{"Name":"v1",`) {
 		t.Errorf("without etcd: got %s, %v, want the volume", got, err)
@@ -222,20 +223,20 @@ func TestProcess(t *testing.T) {
 func TestProcessTwice(t *testing.T) {
 	dir := t.TempDir()
 	first := plugin(t.Context(), dir, "FLOCKER_ETCD_ENDPOINTS=127.0.0.1:1").begin(t)
-	first.await(t, 10*time.Second, "/VolumeDriver.Capabilities", "{}\n", `{"Capabilities":{"Scope":"global"}}`)
+	first.await(t, starting, "/VolumeDriver.Capabilities", "{}\n", `{"Capabilities":{"Scope":"global"}}`)
 	second := plugin(t.Context(), dir, "FLOCKER_ETCD_ENDPOINTS=127.0.0.1:1").begin(t)
 	want := "flocker-plugin: another process listens on " + first.socket + ": only one Flocker may run on a host\n"
 	if err := <-second.ended; err == nil || err.Error() != "exit status 1" || second.errout.String() != want {
 		t.Errorf("second process: got %v and %s, want exit status 1 and %s", err, second.errout.String(), want)
 	}
-	first.await(t, 10*time.Second, "/VolumeDriver.Capabilities", "{}\n", `{"Capabilities":{"Scope":"global"}}`)
+	first.await(t, starting, "/VolumeDriver.Capabilities", "{}\n", `{"Capabilities":{"Scope":"global"}}`)
 	first.stop(t)
 }
 
 // Without etcd the process stays, answers what it can, and holds what it cannot.
 func TestProcessWithoutEtcd(t *testing.T) {
 	p := plugin(t.Context(), t.TempDir(), "FLOCKER_ETCD_ENDPOINTS=127.0.0.1:1").begin(t)
-	p.await(t, 10*time.Second, "/Plugin.Activate", "", `{"Implements":["VolumeDriver"]}`)
+	p.await(t, starting, "/Plugin.Activate", "", `{"Implements":["VolumeDriver"]}`)
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
 	if got, err := p.post(ctx, "/VolumeDriver.Get", `{"Name":"v1"}`); err == nil {

@@ -19,11 +19,12 @@ import (
 	"github.com/flocker-plugin/flocker/backends/backendtest"
 	"github.com/flocker-plugin/flocker/backends/csi"
 	"github.com/flocker-plugin/flocker/backends/csi/csitest"
+	"github.com/flocker-plugin/flocker/e2e/apart"
 )
 
 func TestMain(m *testing.M) {
 	csi.SetProcesses(false) // a machine may have very many
-	os.Exit(m.Run())
+	os.Exit(apart.Main(m))
 }
 
 // storage is a driver, and what a cluster of nodes that use it has.
@@ -161,7 +162,7 @@ func TestContract(t *testing.T) {
 				many = 60 // each look at one goes through the whole list
 			}
 			backendtest.Run(t, backendtest.Config{
-				Many: many, Timeout: 10 * time.Second,
+				Many: many,
 				New: func(t backendtest.T) backendtest.Storage {
 					s := newStorage(t, kind.opts, kind.cfg)
 					s.one = name == "local"

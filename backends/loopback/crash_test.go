@@ -20,6 +20,7 @@ import (
 
 	"github.com/flocker-plugin/flocker/backends"
 	"github.com/flocker-plugin/flocker/backends/loopback"
+	"github.com/flocker-plugin/flocker/e2e/apart"
 )
 
 // The test binary runs itself for what has to be killed or needs a /dev of its
@@ -32,7 +33,7 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	os.Exit(m.Run())
+	os.Exit(apart.Main(m))
 }
 
 var children = map[string]func(dir, node string) error{

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -26,6 +27,7 @@ import (
 	"github.com/flocker-plugin/flocker/backends"
 	"github.com/flocker-plugin/flocker/backends/backendtest"
 	"github.com/flocker-plugin/flocker/backends/teststore"
+	"github.com/flocker-plugin/flocker/e2e/apart"
 )
 
 func needRoot(tb testing.TB) {
@@ -48,11 +50,14 @@ func needRoot(tb testing.TB) {
 	tb.Skip(err)
 }
 
+var built string // a directory, with what build has made
+
 var build = sync.OnceValues(func() (string, error) {
 	dir, err := os.MkdirTemp("", "teststore")
 	if err != nil {
 		return "", err
 	}
+	built = dir
 	path := filepath.Join(dir, "teststore")
 	out, err := exec.Command("go", "build", "-o", path, "../../e2e/teststore").CombinedOutput()
 	if err != nil {
@@ -62,10 +67,9 @@ var build = sync.OnceValues(func() (string, error) {
 })
 
 func TestMain(m *testing.M) {
-	code := m.Run()
-	if program, err := build(); err == nil {
-		_ = os.Remove(program)
-		_ = os.Remove(filepath.Dir(program))
+	code := apart.Main(m)
+	if built != "" {
+		_ = os.RemoveAll(built)
 	}
 	os.Exit(code)
 }
@@ -89,7 +93,9 @@ func newStorage(t backendtest.T) *storage {
 	if err != nil {
 		t.Fatalf("%v", err)
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	// An address of its own: on that of everybody the port would be another's while the
+	// server is down.
+	l, err := net.Listen("tcp", fmt.Sprintf("127.%d.%d.%d:0", 1+rand.IntN(254), rand.IntN(256), 1+rand.IntN(254)))
 	if err != nil {
 		t.Fatalf("%v", err)
 	}
@@ -165,7 +171,7 @@ func (s *storage) start(args ...string) *exec.Cmd {
 func (s *storage) ready(ask func(context.Context) error) {
 	s.t.Helper()
 	var err error
-	for range 500 {
+	for range 6000 {
 		if err = ask(s.t.Context()); err == nil {
 			return
 		}
@@ -191,8 +197,8 @@ func kill(cmd *exec.Cmd) {
 func (s *storage) close() {
 	// nbdfuse ends by itself, when the kernel has let go of the last device.
 	var left []int
-	for range 200 {
-		if left = s.processes("nbdkit", "nbdfuse"); len(left) == 0 {
+	for range 3000 {
+		if left = s.processes("nbdkit", "nbdfuse"); len(left) == 0 && len(s.loops()) == 0 {
 			break
 		}
 		time.Sleep(10 * time.Millisecond)
@@ -471,14 +477,14 @@ func (w *writer) end() {
 	select {
 	case <-w.failed:
 		w.t.Logf("I/O failed after %s", time.Since(began).Round(time.Millisecond))
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		w.t.Fatal("I/O hangs, want it to fail")
 	}
 }
 
 func (w *writer) wait(what string, so func() bool) {
 	w.t.Helper()
-	for range 1000 {
+	for range 6000 {
 		if so() {
 			return
 		}
@@ -597,11 +603,13 @@ func TestHangingDevice(t *testing.T) {
 	w.more()
 	f.setDataFaults(teststore.DataFault{Hang: true})
 	w.stuck()
-	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	if atts, err := f.a.Attachments(ctx); err != nil || !slices.Contains(atts, att) {
 		t.Errorf("attachments: %v, %v; want %v", atts, err, att)
 	}
+	ctx, cancel = context.WithTimeout(t.Context(), 3*time.Second)
+	defer cancel()
 	// It has to wait, and comes to nothing also later.
 	if err := f.a.Detach(ctx, att); !errors.Is(err, backends.ErrInUse) && ctx.Err() == nil {
 		t.Errorf("detach: got %v, want ErrInUse", err)
@@ -729,6 +737,13 @@ func TestFaults(t *testing.T) {
 		_, err := f.a.Attach(ctx, f.attachRequest(1))
 		return err
 	}
+	awaitGrants := func(want int) {
+		t.Helper()
+		for end := time.Now().Add(30 * time.Second); len(f.grants()) != want && time.Now().Before(end); {
+			time.Sleep(10 * time.Millisecond)
+		}
+		wantGrants(want)
+	}
 	wantUnavailable := func(err error) {
 		t.Helper()
 		if !errors.Is(err, backends.ErrUnavailable) {
@@ -758,38 +773,36 @@ func TestFaults(t *testing.T) {
 	wantGrants(1)
 	gone()
 
-	f.setFaults(teststore.Fault{Op: teststore.OpAttach, Before: 300 * time.Millisecond})
+	f.setFaults(teststore.Fault{Op: teststore.OpAttach, Before: 4 * time.Second})
 	began := time.Now()
-	wantUnavailable(attach(100 * time.Millisecond))
-	if took := time.Since(began); took > 250*time.Millisecond {
-		t.Errorf("the caller waited %s, want 100ms", took)
+	wantUnavailable(attach(time.Second))
+	if took := time.Since(began); took > 3*time.Second {
+		t.Errorf("the caller waited %s, want 1s", took)
 	}
 	wantGrants(0)
-	time.Sleep(500 * time.Millisecond)
-	wantGrants(1)
+	awaitGrants(1)
 	gone()
 
-	f.setFaults(teststore.Fault{Op: teststore.OpAttach, HangUp: true, Before: 300 * time.Millisecond})
+	f.setFaults(teststore.Fault{Op: teststore.OpAttach, HangUp: true, Before: 2 * time.Second})
 	wantUnavailable(attach(time.Minute))
 	wantGrants(0)
-	time.Sleep(500 * time.Millisecond)
-	wantGrants(1)
+	awaitGrants(1)
 	gone()
 
-	f.setFaults(teststore.Fault{Op: teststore.OpAttach, After: 300 * time.Millisecond})
-	wantUnavailable(attach(200 * time.Millisecond))
-	wantGrants(1)
+	f.setFaults(teststore.Fault{Op: teststore.OpAttach, After: 2 * time.Second})
+	wantUnavailable(attach(time.Second))
+	awaitGrants(1)
 	gone()
 
 	// A detach that is lost, through the initiator; then one that comes late, and
 	// finds the attachment of a younger token.
 	old := f.attach(f.a, 1)
-	f.setFaults(teststore.Fault{Op: teststore.OpDetach, Drop: true, Times: 1}, teststore.Fault{Op: teststore.OpDetach, HangUp: true, Before: 500 * time.Millisecond, Times: 1})
+	f.setFaults(teststore.Fault{Op: teststore.OpDetach, Drop: true, Times: 1}, teststore.Fault{Op: teststore.OpDetach, HangUp: true, Before: 2 * time.Second, Times: 1})
 	wantUnavailable(f.a.Detach(t.Context(), old))
 	wantGrants(0)
 	wantUnavailable(f.a.Detach(t.Context(), old))
 	young := f.attach(f.a, 2)
-	time.Sleep(700 * time.Millisecond)
+	time.Sleep(3 * time.Second)
 	wantGrants(1)
 	f.detach(f.a, young)
 	// The same token attached once more is another attachment.
