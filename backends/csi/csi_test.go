@@ -463,6 +463,12 @@ func TestAnotherDiskMounted(t *testing.T) {
 		if err := unix.Mount(att.Device, dir, "ext4", 0, ""); err != nil {
 			t.Fatal(err)
 		}
+		if err := csi.Closed(t.Context(), att.Device, false); !errors.Is(err, backends.ErrInUse) {
+			t.Errorf("%s: the disk: got %v, want ErrInUse", name, err)
+		}
+		if err := csi.Closed(t.Context(), att.Device, true); err != nil {
+			t.Errorf("%s: the one before it: %v", name, err)
+		}
 		another(t, s, vol, 1)
 		err := b.Detach(t.Context(), att)
 		if err := unix.Unmount(dir, 0); err != nil {
@@ -576,10 +582,10 @@ func TestUnclearAnswers(t *testing.T) {
 			t.Parallel()
 			for _, kind := range []string{"fences", "local"} {
 				cfg := kinds[kind].cfg
-				cfg.CallTimeout = 10 * time.Second
+				cfg.CallTimeout = time.Minute
 				times := 2
 				if fault.Hang || fault.HangAfter {
-					cfg.CallTimeout, times = 200*time.Millisecond, 1
+					cfg.CallTimeout, times = time.Second, 1
 				}
 				s := newStorage(t, kinds[kind].opts, cfg)
 				if _, err := s.Node("b"); err != nil {
@@ -595,7 +601,7 @@ func TestUnclearAnswers(t *testing.T) {
 					}
 					return csitest.Fault{}
 				})
-				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+				ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 				if err := life(ctx, s, cluster); err != nil {
 					t.Errorf("%s: %v", kind, err)
 				}
@@ -821,7 +827,7 @@ func TestOpenInAnotherProcess(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	for range 500 { // until it has it
+	for range 3000 { // until it has it
 		if link, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/0", cmd.Process.Pid)); err == nil && link == att.Device {
 			break
 		}

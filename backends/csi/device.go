@@ -80,6 +80,13 @@ func (d disk) there() bool {
 	return err == nil && now == d.Sequence
 }
 
+// replaced says that the kernel has given the number to another disk, which it does only
+// when nobody has this one open or mounted any more.
+func (d disk) replaced() bool {
+	now, err := d.sequence()
+	return err == nil && now != d.Sequence
+}
+
 // size is in bytes; 0 for a disk that has lost its medium, or is gone.
 func (d disk) size() int64 {
 	text, err := os.ReadFile(d.sys() + "/size")
@@ -146,8 +153,11 @@ func (d disk) closed(ctx context.Context) error {
 		}
 		return sentence(backends.ErrUnavailable, "%w", err)
 	}
-	for started, pause := time.Now(), newPause(); ; {
+	for started, pause := time.Now(), newPause(); !d.replaced(); {
 		err := bounded(ctx, path, func() error { return d.probe(path) })
+		if errors.Is(err, backends.ErrInUse) && d.replaced() {
+			break // it is the next one that is in use
+		}
 		if !errors.Is(err, backends.ErrInUse) || time.Since(started) > settle {
 			return err
 		}
@@ -155,6 +165,7 @@ func (d disk) closed(ctx context.Context) error {
 			return errors.Join(err, ended)
 		}
 	}
+	return nil
 }
 
 // bounded waits for a look at a device, but not for ever: nothing ends an open that a
@@ -239,9 +250,8 @@ func names(dir string) []string {
 }
 
 // mounted says whether the disk, which may be gone, is mounted in this mount namespace.
-// The kernel gives its number to another one only when nobody has it mounted any more.
 func (d disk) mounted() bool {
-	if now, err := d.sequence(); err == nil && now != d.Sequence {
+	if d.replaced() {
 		return false
 	}
 	f, err := os.Open("/proc/self/mountinfo")

@@ -1,6 +1,7 @@
 package csi
 
 import (
+	"context"
 	"os"
 	"strconv"
 
@@ -26,4 +27,17 @@ func SetStep(b backends.Backend, f func(name string)) {
 	case *Backend:
 		b.step = f
 	}
+}
+
+// Closed says whether nobody has the disk that is at a path, or the earlier one of its
+// number if that is wanted.
+func Closed(ctx context.Context, path string, earlier bool) error {
+	d, err := diskAt(path)
+	if err != nil {
+		return err
+	}
+	if earlier {
+		d.Sequence--
+	}
+	return d.closed(ctx)
 }

@@ -451,10 +451,14 @@ func (l *Loopback) detach(ctx context.Context, att backends.Attachment) error {
 			return err
 		}
 		err = l.clear(ctx, d, l.volume(identity, id))
-		if !errors.Is(err, errRaced) {
+		patience := settle
+		switch {
+		case errors.Is(err, errOpen):
+			patience = look
+		case !errors.Is(err, errRaced):
 			return err
 		}
-		if pause.elapsed() > settle {
+		if pause.elapsed() > patience {
 			return fmt.Errorf("%s is open or mounted: %w", d.path, backends.ErrInUse)
 		}
 		if err := pause.wait(ctx); err != nil {
@@ -486,8 +490,11 @@ func locate(ctx context.Context, want tag, hint string) (device, bool, error) {
 	return device{}, false, nil
 }
 
+// errOpen: somebody has the device open, not exclusively as who mounts it.
+var errOpen = errors.New("the device is open")
+
 // clear takes the file from a loop device and sees it gone. It is errRaced while
-// somebody has the device open, which then keeps its file.
+// somebody has the device mounted, or errOpen, and the device keeps its file.
 func (l *Loopback) clear(ctx context.Context, d device, v volume) (err error) {
 	// The file, to see that it is the device's and, in the end, its lock free. It
 	// may have been removed; the tag says whose the device is.
@@ -541,7 +548,7 @@ func release(dev *os.File, t tag) error {
 	if err := unclear(dev, info); err != nil {
 		return unavailable(fmt.Errorf("%s is open, and the kernel will detach it when it is closed: %w", dev.Name(), err))
 	}
-	return errRaced
+	return errOpen
 }
 
 // gone waits until the device has no file and the file no lock. Its bound is far

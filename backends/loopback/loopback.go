@@ -604,6 +604,10 @@ func roundUp(size int64) int64 { return (size + unit - 1) / unit * unit }
 // a call about to end, or by somebody who merely looks at it.
 const settle = 300 * time.Millisecond
 
+// look is how long a device may be open that is not mounted: whoever looks at all devices
+// of a host, as udev and mkfs.btrfs do, may have to wait for a processor meanwhile.
+const look = 3 * time.Second
+
 // backoff waits a little longer each time, with jitter.
 type backoff struct {
 	start time.Time

@@ -359,6 +359,21 @@ func TestDetachOfAMountedVolume(t *testing.T) {
 	f.detach(t, att)
 }
 
+// Somebody who looks at the device, and does not mount it, is waited for.
+func TestDetachWaitsForALook(t *testing.T) {
+	f := newFixture(t)
+	att := f.attach(t, 1)
+	device, err := os.Open(att.Device)
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.AfterFunc(2*loopback.Settle, func() { _ = device.Close() })
+	f.detach(t, att)
+	if atts, err := f.Attachments(t.Context()); err != nil || len(atts) > 0 {
+		t.Errorf("got %v, %v; want nothing", atts, err)
+	}
+}
+
 func TestNothingLeaks(t *testing.T) {
 	f := newFixture(t)
 	count := func() (fds, loops int) {

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"maps"
 	"os"
+	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
@@ -366,12 +367,23 @@ func (l *loop) grow() error {
 }
 
 // clear takes the file from the device. The kernel does so when the last user of the
-// device has closed it.
+// device has closed it, such as somebody who looks at all devices; one that was cut may
+// stay open for long.
 func (l *loop) clear() error {
-	dev, _, err := l.open()
+	dev, info, err := l.open()
 	if err != nil || dev == nil {
 		return err
 	}
-	defer dev.Close()
-	return os.NewSyscallError("LOOP_CLR_FD", unix.IoctlSetInt(int(dev.Fd()), unix.LOOP_CLR_FD, 0))
+	err = os.NewSyscallError("LOOP_CLR_FD", unix.IoctlSetInt(int(dev.Fd()), unix.LOOP_CLR_FD, 0))
+	if err = errors.Join(err, dev.Close()); err != nil || info.Offset > 0 {
+		return err
+	}
+	for range 400 {
+		if dev, _, err = l.open(); err != nil || dev == nil {
+			return err
+		}
+		_ = dev.Close()
+		time.Sleep(5 * time.Millisecond)
+	}
+	return nil
 }
