@@ -164,6 +164,10 @@ func detachBelow(ctx context.Context, dir string) error {
 			}
 			device := "/dev/" + strings.Split(path, "/")[3]
 			loop, err := unix.Open(device, unix.O_RDWR|unix.O_CLOEXEC, 0)
+			if errors.Is(err, unix.ENXIO) { // it is going
+				left = append(left, device)
+				continue
+			}
 			if err != nil {
 				return fmt.Errorf("open %s: %w", device, err)
 			}

@@ -61,16 +61,15 @@ func (b *bare) attach() error {
 		}
 		device := fmt.Sprintf("/dev/loop%d", number)
 		loop, err := unix.Open(device, unix.O_RDWR|unix.O_CLOEXEC, 0)
-		if err != nil {
-			return fmt.Errorf("open %s: %w", device, err)
+		if err == nil {
+			err = unix.IoctlLoopConfigure(loop, &config)
+			unix.Close(loop)
 		}
-		err = unix.IoctlLoopConfigure(loop, &config)
-		unix.Close(loop)
 		if err == nil {
 			b.device = device
 			return nil
 		}
-		if !errors.Is(err, unix.EBUSY) {
+		if !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.ENXIO) && !errors.Is(err, unix.ENOENT) {
 			return fmt.Errorf("configure %s: %w", device, err)
 		}
 		// Another caller was faster.

@@ -250,7 +250,7 @@ func intrude(ctx context.Context, long time.Duration, file, dir, writer string, 
 		if err == nil {
 			break
 		}
-		if try == 10 {
+		if try == 150 {
 			return err
 		}
 		if err := sleep(ctx, 200*time.Millisecond); err != nil {

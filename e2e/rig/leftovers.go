@@ -47,7 +47,10 @@ func loops() ([]loop, error) {
 			all = append(all, l)
 			continue
 		}
-		f, err := os.Open(l.device)
+		f, err := openSettled(l.device)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // removed since
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -67,6 +70,17 @@ func loops() ([]loop, error) {
 		all = append(all, l)
 	}
 	return all, nil
+}
+
+// openSettled opens a loop device, which nobody can while its file is being taken away.
+func openSettled(device string) (f *os.File, err error) {
+	for range 1000 {
+		if f, err = os.Open(device); !errors.Is(err, unix.ENXIO) {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return f, err
 }
 
 // rbdDir is where the plugin on a host has what it has attached of Ceph RBD.

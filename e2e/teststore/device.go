@@ -197,18 +197,17 @@ func configure(f *os.File, name string, size int64) (path string, err error) {
 		}
 		path = "/dev/loop" + strconv.Itoa(number)
 		dev, err := openDevice(path, os.O_RDWR)
-		if err != nil {
-			return "", err
-		}
-		err = unix.IoctlLoopConfigure(int(dev.Fd()), &config)
 		if err == nil {
-			// "Read-only" outlives the file of a former user.
-			err = os.NewSyscallError("BLKROSET", unix.IoctlSetPointerInt(int(dev.Fd()), unix.BLKROSET, 0))
-			return path, errors.Join(err, dev.Close())
+			if err = unix.IoctlLoopConfigure(int(dev.Fd()), &config); err == nil {
+				// "Read-only" outlives the file of a former user.
+				err = os.NewSyscallError("BLKROSET", unix.IoctlSetPointerInt(int(dev.Fd()), unix.BLKROSET, 0))
+				return path, errors.Join(err, dev.Close())
+			}
+			_ = dev.Close()
+			err = os.NewSyscallError("LOOP_CONFIGURE", err)
 		}
-		_ = dev.Close()
-		if !errors.Is(err, unix.EBUSY) {
-			return "", os.NewSyscallError("LOOP_CONFIGURE", err)
+		if !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.ENXIO) && !errors.Is(err, fs.ErrNotExist) {
+			return "", err
 		}
 	}
 	return "", errors.New("others take every free loop device")
@@ -295,21 +294,29 @@ func (d device) disconnect(ctx context.Context, initiator string) error {
 	return d.remove(ctx, initiator, settle, true)
 }
 
-// settle is how long somebody may have the device open who only looks at it.
+// settle is how long somebody may have the device exclusively, and a sixth of how long
+// open, who only looks at it.
 const settle = 500 * time.Millisecond
 
-// remove removes the device: ErrInUse, and it stays, if somebody has it open for
-// longer than the patience.
+// errMounted and errOpen: somebody has the device exclusively, or otherwise.
+var errMounted, errOpen = errors.New("mounted"), errors.New("open")
+
+// remove removes the device: ErrInUse, and it stays, if somebody has it for longer than
+// the patience.
 func (d device) remove(ctx context.Context, initiator string, patience time.Duration, flush bool) error {
 	for begin := time.Now(); ; {
-		busy, err := d.tryRemove(ctx, flush)
-		if err != nil {
-			return err
-		}
-		if !busy {
+		err := d.tryRemove(ctx, flush)
+		if err == nil {
 			break
 		}
-		if time.Since(begin) > patience {
+		limit := patience
+		switch {
+		case errors.Is(err, errOpen):
+			limit = 6 * patience
+		case !errors.Is(err, errMounted):
+			return err
+		}
+		if time.Since(begin) > limit {
 			return fmt.Errorf("%s is open or mounted: %w", d.Path, backends.ErrInUse)
 		}
 		wait(ctx, 10*time.Millisecond)
@@ -318,25 +325,26 @@ func (d device) remove(ctx context.Context, initiator string, patience time.Dura
 		switch _, ok, err := find(initiator, d.Grant); {
 		case err != nil || !ok:
 			return err
-		case time.Since(begin) > settle:
+		case time.Since(begin) > 10*settle:
 			return fmt.Errorf("the kernel does not let go of %s: %w", d.Path, backends.ErrInUse)
 		}
 		wait(ctx, 5*time.Millisecond)
 	}
 }
 
-// tryRemove asks the kernel to let go of the file if nobody else has the device open.
-func (d device) tryRemove(ctx context.Context, flush bool) (busy bool, err error) {
+// tryRemove asks the kernel to let go of the file if nobody else has the device: errMounted
+// or errOpen.
+func (d device) tryRemove(ctx context.Context, flush bool) error {
 	// Exclusively: fails while it is mounted, in whatever mount namespace.
 	f, err := d.open(os.O_RDWR | unix.O_EXCL)
 	if errors.Is(err, unix.ENXIO) {
-		return false, nil
+		return nil
 	}
 	if errors.Is(err, unix.EBUSY) {
-		return true, nil
+		return errMounted
 	}
 	if err != nil {
-		return false, err
+		return err
 	}
 	defer f.Close()
 	if flush {
@@ -345,20 +353,23 @@ func (d device) tryRemove(ctx context.Context, flush bool) (busy bool, err error
 		_ = f.Sync()
 	}
 	if err := ctx.Err(); err != nil {
-		return false, err // it may have waited for the server, and nobody waits for it
+		return err // it may have waited for the server, and nobody waits for it
 	}
 	if err := unix.IoctlSetInt(int(f.Fd()), unix.LOOP_CLR_FD, 0); err != nil {
-		return false, os.NewSyscallError("LOOP_CLR_FD", err)
+		return os.NewSyscallError("LOOP_CLR_FD", err)
 	}
 	info, err := unix.IoctlLoopGetStatus64(int(f.Fd()))
 	if errors.Is(err, unix.ENXIO) {
-		return false, nil // it is gone when f is closed
+		return nil // it is gone when f is closed
 	}
 	if err != nil {
-		return false, err
+		return err
 	}
 	// Somebody has it open, and the kernel would remove it under whoever opens it
 	// next. Take that back.
 	info.Flags &^= unix.LO_FLAGS_AUTOCLEAR
-	return true, os.NewSyscallError("LOOP_SET_STATUS64", unix.IoctlLoopSetStatus64(int(f.Fd()), info))
+	if err := unix.IoctlLoopSetStatus64(int(f.Fd()), info); err != nil {
+		return os.NewSyscallError("LOOP_SET_STATUS64", err)
+	}
+	return errOpen
 }
