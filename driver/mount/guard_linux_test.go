@@ -50,6 +50,10 @@ func (r *rig) unclean() {
 	r.dev = attach(r.t, r.file)
 }
 
+// atOnce is longer than what the kernel does not wait in takes on a busy machine. Its waits
+// take 11 s or 22.
+const atOnce = 10 * time.Second
+
 // took is how long f takes.
 func took(f func()) time.Duration {
 	start := time.Now()
@@ -89,7 +93,7 @@ func TestGuard(t *testing.T) {
 	r.close()
 	times = append(times, took(func() { r.mount() }))
 	r.unmount()
-	if slices.Max(times) > 3*time.Second {
+	if slices.Max(times) > atOnce {
 		t.Errorf("mounts took %v", times)
 	}
 	t.Logf("mounts took %v", times)
@@ -112,10 +116,11 @@ func TestGuardRefusesASecondHost(t *testing.T) {
 	a.write("f", "of a")
 
 	var err error
+	before := time.Now()
 	t.Logf("the refusal took %v", took(func() { _, err = b.s.Mount(ctx, b.spec(), mount.Owner{}) }))
 	name, _ := os.Hostname()
 	wantErr(t, err, mount.ErrMultiMount, fmt.Sprintf("mount %s: in use by another host: host %s has it mounted, as its device %s, and was last heard of at %s",
-		b.dev, name, filepath.Base(a.dev), time.Now().UTC().Format("2006-01-02T15:")))
+		b.dev, name, filepath.Base(a.dev), hour(err, before)))
 	if errors.Is(err, mount.ErrBusy) {
 		t.Error("it is ErrBusy as well: nobody on this host can end it")
 	}
@@ -137,6 +142,15 @@ func TestGuardRefusesASecondHost(t *testing.T) {
 	b.wantContent("g", "still of a")
 	b.unmount()
 	b.wantGone()
+}
+
+// hour is the beginning of a time, not before one and not after now, as it is in an error.
+func hour(err error, notBefore time.Time) string {
+	const format = "2006-01-02T15:"
+	if early := notBefore.UTC().Format(format); strings.Contains(fmt.Sprint(err), early) {
+		return early
+	}
+	return time.Now().UTC().Format(format)
 }
 
 // setState writes the state to the superblock on the disk: 1 is in order, 2 asks for a
@@ -180,7 +194,7 @@ func TestGuardAfterAnUncleanEnd(t *testing.T) {
 	r.wantContent("f", "synced")
 	r.unmount()
 	r.close()
-	if again := took(func() { r.mount() }); again > 3*time.Second {
+	if again := took(func() { r.mount() }); again > atOnce {
 		t.Errorf("the next mount took %v", again)
 	}
 	r.unmount()
@@ -214,7 +228,7 @@ func TestInterruptible(t *testing.T) {
 	defer cancel()
 	var err error
 	long := took(func() { err = mount.Interruptible(ctx, sleep(time.Minute)) })
-	if fmt.Sprint(err) != "no time" || long > 10*time.Second {
+	if fmt.Sprint(err) != "no time" || long > 30*time.Second {
 		t.Errorf("got %v after %v, want the context's cause at once", err, long)
 	}
 	err = mount.Interruptible(t.Context(), func() error { return unix.EBUSY })
@@ -227,12 +241,12 @@ func TestGuardAndADeadline(t *testing.T) {
 	r := newGuarded(t)
 	r.unclean()
 	for range 2 {
-		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
 		var err error
 		long := took(func() { _, err = r.s.Mount(ctx, r.spec(), mount.Owner{}) })
 		cancel()
 		wantErr(t, err, context.DeadlineExceeded, "mount "+r.dev+": the time was over; after an unclean end the kernel needs 22 s or more, to see whether another host has it mounted: context deadline exceeded")
-		if long > 3*time.Second {
+		if long > atOnce {
 			t.Errorf("it took %v", long)
 		}
 		r.wantGone() // and closed: no mount is under way
@@ -295,12 +309,24 @@ func TestGuardOfACheckThatIsEnded(t *testing.T) {
 	}
 	path := os.Getenv("PATH")
 	t.Setenv("PATH", dir+":"+path)
-	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-	defer cancel()
+	ctx, cancel := context.WithCancelCause(t.Context())
+	defer cancel(nil)
+	began := make(chan bool, 1)
+	go func() {
+		defer cancel(context.DeadlineExceeded)
+		for range 3000 {
+			if _, err := os.Stat(filepath.Join(dir, "began")); err == nil {
+				began <- true
+				return
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		began <- false
+	}()
 	_, err := r.s.Mount(ctx, r.spec(), mount.Owner{})
 	wantErr(t, err, context.DeadlineExceeded, "run e2fsck: context deadline exceeded")
-	if _, err := os.Stat(filepath.Join(dir, "began")); err != nil {
-		t.Fatalf("nothing was tested: %v", err)
+	if !<-began {
+		t.Fatal("nothing was tested")
 	}
 	r.wantGone()
 	if said := mustRun(t, "dumpe2fs", "-h", r.dev); !strings.Contains(said, "mmp_sequence: 0xff4d4d50\n") {
@@ -308,7 +334,7 @@ func TestGuardOfACheckThatIsEnded(t *testing.T) {
 	}
 	t.Setenv("PATH", path)
 	setState(t, r, 1) // it needs no check any more, which would take its time
-	if long := took(func() { r.mount() }); long > 3*time.Second {
+	if long := took(func() { r.mount() }); long > atOnce {
 		t.Errorf("the mount took %v", long)
 	}
 	r.unmount()

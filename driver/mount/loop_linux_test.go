@@ -98,7 +98,7 @@ func detach(tb testing.TB, device, file string) {
 	if err := clearLoop(device); err != nil {
 		tb.Errorf("detach %s: %v", device, err)
 	}
-	for range 100 {
+	for range 3000 { // somebody who looks at all devices may have it open
 		if backing(device) != file {
 			return
 		}

@@ -58,7 +58,7 @@ func (d *netDisk) start(cmd *exec.Cmd, path string) {
 		d.t.Fatal(err)
 	}
 	d.t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-	for range 500 {
+	for range 6000 {
 		if _, err := os.Lstat(path); err == nil {
 			return
 		}
@@ -76,12 +76,12 @@ func (d *netDisk) cut() {
 	_ = d.server.Wait()
 }
 
-// hang makes the server not answer until resume is called, or for 20 seconds: should
+// hang makes the server not answer until resume is called, or for a minute: should
 // this process be killed meanwhile, the machine must not keep what waits for the disk.
 func (d *netDisk) hang() (resume func()) {
 	d.t.Helper()
 	pid := strconv.Itoa(d.server.Process.Pid)
-	late := exec.Command("sh", "-c", "kill -STOP $1; echo; sleep 20; kill -CONT $1", "sh", pid)
+	late := exec.Command("sh", "-c", "kill -STOP $1; echo; sleep 60; kill -CONT $1", "sh", pid)
 	late.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	out, err := late.StdoutPipe()
 	if err != nil {

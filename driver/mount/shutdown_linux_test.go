@@ -71,7 +71,7 @@ func (c *container) writes(n int) {
 
 // stopped returns what the writer said when it could not go on.
 func (c *container) stopped() (said string) {
-	limit := time.AfterFunc(20*time.Second, func() { _ = c.cmd.Process.Kill() })
+	limit := time.AfterFunc(time.Minute, func() { _ = c.cmd.Process.Kill() })
 	defer limit.Stop()
 	for c.out.Scan() && c.out.Text() != "stopped" {
 		if c.out.Text() == fmt.Sprint(c.acked) {
@@ -130,7 +130,7 @@ func TestShutdown(t *testing.T) {
 		if said := c.stopped(); !strings.Contains(said, "Input/output error") {
 			t.Errorf("the container stopped with %q, want an I/O error", said)
 		}
-		if took := time.Since(start); took > 2*time.Second {
+		if took := time.Since(start); took > 30*time.Second {
 			t.Errorf("the container went on for %v", took)
 		}
 		for range 2 {
@@ -164,7 +164,7 @@ func TestShutdown(t *testing.T) {
 			t.Errorf("mounted: got %q, want nothing", got)
 		}
 		c.end()
-		r.close()
+		r.notBusy(func() error { return r.s.Close(ctx, r.dev) })
 
 		r.mount()
 		r.wantAcked(c)
@@ -350,12 +350,13 @@ func TestHealthOfErrors(t *testing.T) {
 	if err := r.s.Health(r.target); err != nil {
 		t.Errorf("health: %v", err)
 	}
+	before := time.Now()
 	trigger := filepath.Join("/sys/fs/ext4", filepath.Base(r.dev), "trigger_fs_error")
 	if err := os.WriteFile(trigger, []byte("made by a test"), 0o200); err != nil {
 		t.Fatal(err)
 	}
 	err := r.s.Health(r.target)
-	wantErr(t, err, mount.ErrDamaged, "ext4 on "+r.dev+": damaged: 1 error, the last at "+time.Now().UTC().Format("2006-01-02T15:"))
+	wantErr(t, err, mount.ErrDamaged, "ext4 on "+r.dev+": damaged: 1 error, the last at "+hour(err, before))
 	wantErr(t, err, mount.ErrDamaged, "; the kernel's log has more; it has become read-only")
 	wantErr(t, r.s.Unmount(t.Context(), r.target), mount.ErrUnwritten, "last writes may be lost: write back: ")
 	r.close()
@@ -390,7 +391,7 @@ func TestDeviceThatIsCutOff(t *testing.T) {
 				t.Errorf("the container stopped with %q, want an I/O error", said)
 			}
 			var noted error
-			for end := time.Now().Add(20 * time.Second); noted == nil && time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+			for end := time.Now().Add(time.Minute); noted == nil && time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
 				if f, err := os.Create(r.data("more")); err == nil {
 					_ = f.Sync()
 					f.Close()
@@ -410,6 +411,7 @@ func TestDeviceThatIsCutOff(t *testing.T) {
 				r.shutdown()
 				c.end()
 				r.unmount()
+				r.notBusy(func() error { return r.s.Close(ctx, r.dev) })
 				for range 2 {
 					r.close()
 				}
@@ -430,21 +432,32 @@ func TestDeviceThatHangs(t *testing.T) {
 			r, disk := newNetRig(t, k.fs, k.size)
 			needProgram(t, "mkfs."+k.fs)
 			short := func() context.Context {
-				ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+				ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 				t.Cleanup(cancel)
 				return ctx
 			}
 			r.format()
 			r.mount()
-			r.write("f", "synced")
-			if err := os.WriteFile(r.data("g"), nil, 0o600); err != nil {
-				t.Fatal(err)
+			var resume func()
+			var err error
+			for range 20 { // the kernel may just have written what Shutdown would wait for
+				r.write("f", "synced")
+				if err := os.WriteFile(r.data("g"), nil, 0o600); err != nil {
+					t.Fatal(err)
+				}
+				resume = disk.hang()
+				if err := r.s.Health(r.target); err != nil {
+					t.Errorf("health: %v", err)
+				}
+				if err = r.s.Shutdown(short(), r.target); err != nil {
+					break
+				}
+				resume()
+				r.unmount()
+				r.close()
+				r.mount()
 			}
-			resume := disk.hang()
-			if err := r.s.Health(r.target); err != nil {
-				t.Errorf("health: %v", err)
-			}
-			wantErr(t, r.s.Shutdown(short(), r.target), context.DeadlineExceeded, "shut down the filesystem on "+r.target+": the kernel does not answer")
+			wantErr(t, err, context.DeadlineExceeded, "shut down the filesystem on "+r.target+": the kernel does not answer")
 			wantErr(t, r.s.Health(r.target), mount.ErrDamaged, "it was shut down") // all the same
 			if err := os.WriteFile(r.data("h"), nil, 0o600); !errors.Is(err, unix.EIO) {
 				t.Errorf("write: got %v, want EIO", err)
@@ -452,15 +465,15 @@ func TestDeviceThatHangs(t *testing.T) {
 			wantErr(t, r.s.Unmount(short(), r.target), mount.ErrBusy, "busy")
 			resume()
 			r.shutdown()
-			r.unmount()
+			r.notBusy(func() error { return r.s.Unmount(t.Context(), r.target) }) // the first Shutdown ends
+			r.notBusy(func() error { return r.s.Close(t.Context(), r.dev) })
 			r.wantGone()
 
 			resume = disk.hang()
 			wantErr(t, r.s.Close(short(), r.dev), context.DeadlineExceeded, "close "+r.dev+": the kernel does not answer")
 			wantErr(t, r.s.Close(short(), r.dev), mount.ErrBusy, "busy")
 			resume()
-			time.Sleep(100 * time.Millisecond)
-			r.close()
+			r.notBusy(func() error { return r.s.Close(t.Context(), r.dev) }) // the first ones end
 			r.mount()
 			r.wantContent("f", "synced")
 			r.unmount()

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/url"
 	"path/filepath"
@@ -54,15 +55,16 @@ func startServer(tb testing.TB, dir string) (*etcdserver.EtcdServer, string) {
 	case <-server.Server.ReadyNotify():
 	case err := <-server.Err():
 		tb.Fatal(err)
-	case <-time.After(30 * time.Second):
-		tb.Fatal("etcd is not ready after 30s")
+	case <-time.After(2 * time.Minute):
+		tb.Fatal("etcd is not ready after two minutes")
 	}
 	return server.Server, client.Host
 }
 
+// freeURL has an address of its own: on that of everybody the port would be free for others.
 func freeURL(tb testing.TB) url.URL {
 	tb.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := net.Listen("tcp", fmt.Sprintf("127.%d.%d.%d:0", 1+rand.IntN(254), rand.IntN(256), 1+rand.IntN(254)))
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -108,7 +110,7 @@ func testEtcd(t *testing.T, endpoint string, connect func() ownership.Store) {
 	// One compaction forgets the history of every case; watches and reads at a
 	// revision have to cope with that anyway.
 	compact := func(revision int64) {
-		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
 		if _, err := raw.Compact(ctx, revision); err != nil {
 			t.Error(err)
@@ -231,7 +233,7 @@ func TestEtcdAnswerLost(t *testing.T) {
 			<-done
 			_ = store.Close()
 		})
-		limit, stop := context.WithTimeout(t.Context(), 10*time.Second)
+		limit, stop := context.WithTimeout(t.Context(), time.Minute)
 		defer stop()
 		if err := m.Registered(limit); err != nil {
 			t.Fatal(err)
@@ -379,7 +381,7 @@ func TestEtcdServers(t *testing.T) {
 	} {
 		start := time.Now()
 		got := ask(cfg)
-		if took := time.Since(start); took > 15*time.Second {
+		if took := time.Since(start); took > 30*time.Second {
 			t.Errorf("it took %v", took)
 		}
 		if len(got) != len(cfg.Endpoints) || got[0].Endpoint != endpoint || got[0].Err != nil || !strings.HasPrefix(got[0].Version, "3.") || got[0].Leaderless || got[0].Alarms != nil {
@@ -406,7 +408,7 @@ func TestEtcdAway(t *testing.T) {
 	if err == nil || err.Error() != want {
 		t.Errorf("got error %v, want %s", err, want)
 	}
-	if took := time.Since(start); took > time.Second {
+	if took := time.Since(start); took > 10*time.Second {
 		t.Errorf("it took %v", took)
 	}
 }

@@ -78,7 +78,7 @@ func newHistory(t *testing.T, store ownership.Store, compact func(int64)) *histo
 }
 
 func (h *history) step() string {
-	ctx, cancel := context.WithTimeout(h.t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(h.t.Context(), time.Minute)
 	defer cancel()
 	i := h.random.IntN(len(h.leases))
 	switch h.random.IntN(20) {
@@ -257,7 +257,7 @@ func (h *history) events() string {
 	if _, err := h.store.Txn(h.t.Context(), ownership.Txn{Then: []ownership.Op{{Kind: ownership.OpPut, Key: end}}}); err != nil {
 		h.t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(h.t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(h.t.Context(), time.Minute)
 	defer cancel()
 	var b strings.Builder
 	if h.kept > h.base+1 {

@@ -131,7 +131,7 @@ func TestEtcdAwayUnknown(t *testing.T) {
 			}
 			equal(t, "local volumes", len(h.docker.localVolumes(t)), 0)
 			etcd.set("")
-			eventually(t, 15*time.Second, func() error {
+			eventually(t, time.Minute, func() error {
 				_, err := h.docker.Get(t.Context(), "v1")
 				return err
 			})
@@ -150,7 +150,7 @@ func TestCreateWithoutEtcd(t *testing.T) {
 	wantError(t, err, "ownership cannot be checked", "retry when etcd answers")
 	equal(t, "local volumes", len(h.docker.localVolumes(t)), 0)
 	etcd.set("")
-	eventually(t, 15*time.Second, func() error {
+	eventually(t, time.Minute, func() error {
 		_, err := h.docker.Create(t.Context(), "new", "flocker")
 		return err
 	})

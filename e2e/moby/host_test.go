@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -70,7 +71,7 @@ func newSite(t *testing.T) *site {
 
 func (s *site) end() {
 	if !s.t.Failed() {
-		if err := s.nothing(10 * time.Second); err != nil {
+		if err := s.nothing(); err != nil {
 			s.t.Error(err) // and the rest has to be done all the same
 		}
 	}
@@ -93,7 +94,8 @@ func (s *site) end() {
 }
 
 // nothing waits until nothing is mounted and no loop device is attached.
-func (s *site) nothing(limit time.Duration) error {
+func (s *site) nothing() error {
+	const limit = time.Minute // on a busy machine
 	for deadline := time.Now().Add(limit); ; time.Sleep(10 * time.Millisecond) {
 		mounted, attached := mounts(s.dir), loops(s.dir)
 		if len(mounted)+len(attached) == 0 {
@@ -145,9 +147,9 @@ func one(t *testing.T) *host {
 func (h *host) plug() {
 	h.t.Helper()
 	h.start()
-	eventually(h.t, 20*time.Second, func() error {
+	eventually(h.t, 2*time.Minute, func() error {
 		// Of what is not known, only a look at etcd tells that it is not there.
-		ctx, cancel := context.WithTimeout(h.t.Context(), time.Second)
+		ctx, cancel := context.WithTimeout(h.t.Context(), 10*time.Second)
 		defer cancel()
 		got, err := h.post(ctx, "VolumeDriver.Get", `{"Name":"nothing"}`)
 		if err == nil && !strings.Contains(got, "no such volume") {
@@ -258,7 +260,7 @@ func (h *host) wantCalls(volume, want string) {
 		return string(letters)
 	}
 	got := ""
-	for end := time.Now().Add(5 * time.Second); sorted(got) != sorted(want) && time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(30 * time.Second); sorted(got) != sorted(want) && time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 		got = h.calls(volume)
 	}
 	if sorted(got) != sorted(want) {
@@ -417,7 +419,7 @@ func (p *proxy) copy(from, to net.Conn) {
 
 func freeAddress(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := net.Listen("tcp", fmt.Sprintf("127.%d.%d.%d:0", 1+rand.IntN(254), rand.IntN(256), 1+rand.IntN(254)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -442,7 +444,7 @@ func eventually(t *testing.T, limit time.Duration, try func() error) {
 // exists waits for a file.
 func exists(t *testing.T, path string) {
 	t.Helper()
-	eventually(t, 20*time.Second, func() error {
+	eventually(t, time.Minute, func() error {
 		_, err := os.Stat(path)
 		return err
 	})

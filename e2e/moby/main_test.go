@@ -132,7 +132,7 @@ func leftovers() []string {
 // outside the mount namespace of the tests, where nothing was ever mounted, and
 // after their processes, on whose death the namespace went.
 func remove(dir string) error {
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for {
 		left := loops(dir)
 		if len(left) == 0 {

@@ -37,6 +37,9 @@ type Cluster struct {
 // ttl is the shortest that etcd can be made to accept.
 const ttl = time.Second
 
+// slow is how long a call may take on a busy machine.
+const slow = 10 * time.Second
+
 // Run runs the suite.
 func Run(t *testing.T, cfg Config) {
 	cases := []struct {
@@ -165,7 +168,7 @@ func (r *rig) join(id ownership.Node, cfg ownership.Config) *node {
 		cfg.TTL = ttl
 	}
 	if cfg.Timeout == 0 {
-		cfg.Timeout = 3 * time.Second // for a slow machine
+		cfg.Timeout = slow
 	}
 	n.Map = ownership.New(n.bad, id, cfg)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -200,7 +203,7 @@ func (r *rig) nodeTTL(id string, ttl time.Duration) *node {
 
 func (n *node) registered() {
 	n.r.Helper()
-	ctx, cancel := context.WithTimeout(n.r.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(n.r.Context(), time.Minute)
 	defer cancel()
 	if err := n.Registered(ctx); err != nil {
 		n.r.Fatalf("node %s: %v", n.Node().ID, err)
@@ -225,7 +228,7 @@ func (r *rig) put(value string, parts ...string) {
 
 func (r *rig) txn(txn ownership.Txn) ownership.TxnResult {
 	r.Helper()
-	ctx, cancel := context.WithTimeout(r.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(r.Context(), time.Minute)
 	defer cancel()
 	res, err := r.store.Txn(ctx, txn)
 	r.ok(err)
@@ -266,7 +269,7 @@ func (r *rig) held(err error, by string, live bool) {
 // eventually waits for something that takes time, such as the end of a lease.
 func (r *rig) eventually(what string, f func() bool) {
 	r.Helper()
-	for end := time.Now().Add(15 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
 		if f() {
 			return
 		}
@@ -355,7 +358,7 @@ var ambiguous = map[string]ownership.Fault{
 // owner is who owns a volume, by the key itself.
 func (r *rig) owner(vid string) *ownership.Owner {
 	r.Helper()
-	view, err := ownership.New(r.store, identity("nobody"), ownership.Config{Prefix: r.cluster.Prefix}).View(r.Context(), vid)
+	view, err := ownership.New(r.store, identity("nobody"), ownership.Config{Prefix: r.cluster.Prefix, Timeout: slow}).View(r.Context(), vid)
 	r.ok(err)
 	return view.Owner
 }

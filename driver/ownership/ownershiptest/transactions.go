@@ -506,7 +506,7 @@ func requestOrder(r *rig) {
 }
 
 func requestLeaseEnds(r *rig) {
-	a, b := r.node("a"), r.nodeTTL("b", 3*ttl)
+	a, b := r.node("a"), r.nodeTTL("b", 10*ttl)
 	v := a.volume("v")
 	o := a.claim(v.ID)
 	req := b.ask(o, a)
@@ -596,7 +596,7 @@ func handOverLate(r *rig) {
 	req := b.ask(o, a)
 	a.bad.Inject(func(call string) ownership.Fault {
 		if call == "txn" {
-			return ownership.Fault{Late: 700 * time.Millisecond}
+			return ownership.Fault{Late: 3 * time.Second}
 		}
 		return ownership.Fault{}
 	})
@@ -606,7 +606,7 @@ func handOverLate(r *rig) {
 	r.ok(a.Check(r.Context(), v.ID, o.Token)) // which is why Check proves nothing here
 	next, _, err := a.Retake(r.Context(), o)
 	r.ok(err)
-	time.Sleep(time.Second)
+	time.Sleep(4 * time.Second)
 	r.ownedBy(v.ID, "a", next.Token)
 	r.ok(a.Check(r.Context(), v.ID, next.Token))
 }
@@ -1091,7 +1091,7 @@ func watch(r *rig) {
 		r.Helper()
 		select {
 		case <-wakes[which]:
-		case <-time.After(10 * time.Second):
+		case <-time.After(time.Minute):
 			r.Fatalf("no wake-up of %s after %s", which, why)
 		}
 	}
