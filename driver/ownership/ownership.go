@@ -34,6 +34,8 @@ type Node struct {
 	Session string `json:"session,omitempty"`
 	// State is empty for a node in service; cordoned, lost or removed otherwise.
 	State string `json:"state,omitempty"`
+	// Address is the IP address by which clients of the original's REST API know it.
+	Address string `json:"address,omitempty"`
 	// Identities are the names by which storage systems know the node, by backend: a
 	// fence needs them when the node cannot be asked any more.
 	Identities map[string]string `json:"identities,omitempty"`
@@ -170,6 +172,11 @@ type View struct {
 	OwnerLive bool
 	// Waiting are the requests to the owner, oldest first.
 	Waiting []Request
+	// Placement is nil when nobody has said where the volume is to be, Presence while it
+	// is not mounted there, and Lease while nobody has one.
+	Placement *Placement
+	Presence  *Presence
+	Lease     *Lease
 }
 
 // The error classes. Compare with errors.Is.
