@@ -267,11 +267,11 @@ func (m *Map) HandOver(ctx context.Context, vid string, token int64, to Request)
 	released.What, released.To = "release", ""
 	res, err := m.write(ctx, Txn{
 		If: []Cmp{mod(m.own(vid), token), onLease(req, to.Lease)},
-		Then: append([]Op{put(m.own(vid), encode(o)), del(req), del(m.rep(to.Node, vid))},
+		Then: append([]Op{put(m.own(vid), encode(o)), del(m.presence(vid)), del(req), del(m.rep(to.Node, vid))},
 			m.audit(line)...),
 		Else: []Op{nest(Txn{
 			If:   []Cmp{mod(m.own(vid), token)},
-			Then: append([]Op{del(m.own(vid))}, m.audit(released)...),
+			Then: append([]Op{del(m.own(vid)), del(m.presence(vid))}, m.audit(released)...),
 			Else: []Op{get(m.own(vid))},
 		})},
 	})
@@ -299,7 +299,7 @@ func (m *Map) Release(ctx context.Context, vid string, token int64) error {
 	}
 	res, err := m.write(ctx, Txn{
 		If: []Cmp{mod(m.own(vid), token)},
-		Then: append([]Op{del(m.own(vid))},
+		Then: append([]Op{del(m.own(vid)), del(m.presence(vid))},
 			m.audit(auditLine{What: "release", Volume: vid, Token: token, Op: newOp()})...),
 		Else: []Op{get(m.own(vid))},
 	})

@@ -186,8 +186,8 @@ func (m *Map) DeclareDead(ctx context.Context, host string, d Death) (Death, err
 	}
 }
 
-// find returns the node with that id, or else the only one with that host name,
-// and its key's mod revision.
+// find returns the node with that id, or else the only one with that host name that was
+// not removed, and its key's mod revision.
 func (m *Map) find(ctx context.Context, host string) (Node, int64, error) {
 	res, err := m.read(ctx, getPrefix(m.node("")))
 	if err != nil {
@@ -197,16 +197,25 @@ func (m *Map) find(ctx context.Context, host string) (Node, int64, error) {
 	for _, kv := range res.Results[0].KVs {
 		revisions[last(kv.Key)] = kv.ModRevision
 	}
-	var found []Node
+	var found, removed []Node
 	var ids, hosts []string
 	for _, n := range m.decodeNodes(res.Results[0].KVs) {
 		if n.ID == host {
 			return n, revisions[n.ID], nil
 		}
+		if n.State == Removed {
+			if n.Host == host {
+				removed = append(removed, n)
+			}
+			continue
+		}
 		if n.Host == host {
 			found, ids = append(found, n), append(ids, n.ID)
 		}
 		hosts = append(hosts, n.Host)
+	}
+	if len(found) == 0 {
+		found = removed
 	}
 	switch len(found) {
 	case 0:
@@ -214,6 +223,9 @@ func (m *Map) find(ctx context.Context, host string) (Node, int64, error) {
 		return Node{}, 0, fmt.Errorf("no host %q is known; there are: %s", host, strings.Join(slices.Compact(hosts), ", "))
 	case 1:
 		return found[0], revisions[found[0].ID], nil
+	}
+	for _, n := range found[len(ids):] {
+		ids = append(ids, n.ID)
 	}
 	return Node{}, 0, fmt.Errorf("%d nodes have the host name %s; say which one by its id: %s", len(found), host, strings.Join(ids, ", "))
 }

@@ -26,6 +26,7 @@ func (m *Map) Run(ctx context.Context) error {
 	defer watches.Wait()
 	watches.Go(func() { m.watchPeers(ctx) })
 	watches.Go(func() { m.follow(ctx, m.fence(m.me.ID, ""), true, m.poke) })
+	watches.Go(func() { m.follow(ctx, m.node(m.me.ID), false, m.poke) })
 	wait := backoff{first: min(100*time.Millisecond, m.cfg.Renew), most: m.cfg.Renew}
 	said := ""
 	for {
@@ -94,6 +95,13 @@ func (m *Map) Registered(ctx context.Context) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return unavailable(m.why)
+}
+
+// Cordoned says that this node is to get nothing more, as far as it has heard.
+func (m *Map) Cordoned() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.state == Cordoned
 }
 
 // Registrations wakes up after every registration, also the first one; wake-ups
@@ -167,7 +175,7 @@ func (m *Map) register(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if old.State == "lost" || old.State == "removed" {
+		if old.State == "lost" || old.State == Removed {
 			return fmt.Errorf("node %s (host %s) is marked %s in the cluster", m.me.ID, old.Host, old.State)
 		}
 		node.State, known = old.State, old.Identities
@@ -219,7 +227,7 @@ func (m *Map) register(ctx context.Context) error {
 	m.volumes.Store(nil) // this may be another etcd, or another state of it
 	m.mu.Lock()
 	m.lease, m.until, m.why = lease, sent+ttl-m.margin(ttl), nil
-	m.since = m.cfg.Now()
+	m.since, m.state = m.cfg.Now(), node.State
 	m.mu.Unlock()
 	select {
 	case m.registrations <- struct{}{}:
@@ -443,11 +451,15 @@ func (m *Map) renewOnce(ctx context.Context, check bool) (over bool, err error) 
 
 // look asks etcd whether this registration is still good.
 func (m *Map) look(ctx context.Context, lease int64) (over bool, err error) {
-	res, err := m.read(ctx, get(m.live(m.me.ID)), get(m.fence(m.me.ID, m.me.Boot)), get(m.key("meta")))
+	res, err := m.read(ctx, get(m.live(m.me.ID)), get(m.fence(m.me.ID, m.me.Boot)), get(m.key("meta")), get(m.node(m.me.ID)))
 	if err != nil {
 		return m.Unsafe() != nil, err
 	}
+	self := readable(m, res.kv(3), decodeNode)
 	m.mu.Lock()
+	if self != nil {
+		m.state = self.State
+	}
 	generation := m.meta.revision
 	m.mu.Unlock()
 	switch {

@@ -96,6 +96,7 @@ type Map struct {
 	since  time.Duration // the lease has been valid without a gap since
 	until  time.Duration // the lease is valid before
 	why    error         // why it is not
+	state  string        // Node.State, as last seen
 	bucket bucket
 	lines  int // audit lines written
 
@@ -300,13 +301,27 @@ func (m *Map) audit(line auditLine) []Op {
 	return []Op{putOn(m.bucket.lease, m.key("ev", line.At.Format("2006010215"), m.me.ID, n), encode(line))}
 }
 
-// dropBucket forgets the lease of the audit lines, and removes them from txn.
+// remember keeps what a deleted volume was, for as long as an audit line.
+func (m *Map) remember(v Volume, placement *Placement) []Op {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.bucket.lease == 0 {
+		return nil
+	}
+	gone := Gone{Volume: v, At: time.Now().UTC()}
+	if placement != nil {
+		gone.Node = placement.Node
+	}
+	return []Op{putOn(m.bucket.lease, m.key("gone", v.ID), encode(gone))}
+}
+
+// dropBucket forgets the lease of the audit lines, and removes what is on it from txn.
 // False if there are none.
 func (m *Map) dropBucket(txn *Txn) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	isLine := func(op Op) bool {
-		return op.Kind == OpPut && strings.HasPrefix(op.Key, m.key("ev")+"/")
+		return op.Kind == OpPut && (strings.HasPrefix(op.Key, m.key("ev", "")) || strings.HasPrefix(op.Key, m.key("gone", "")))
 	}
 	var strip func(ops []Op) ([]Op, bool)
 	strip = func(ops []Op) ([]Op, bool) {

@@ -55,15 +55,14 @@ func (m *Map) LookupKnown(ctx context.Context, name, vid string) (View, error) {
 	if !validID(vid) || name == "" {
 		return m.Lookup(ctx, name)
 	}
-	res, err := m.read(ctx, get(m.vol(vid)), get(m.own(vid)), get(m.name(name)))
+	res, err := m.read(ctx, append(m.viewed(vid), get(m.name(name)))...)
 	if err != nil {
 		return View{}, err
 	}
-	vol := res.kv(0)
-	if vol == nil || !carries(res.kv(2), vid, decodeName, func(n nameValue) string { return n.Volume }) {
+	if res.kv(0) == nil || !carries(res.kv(5), vid, decodeName, func(n nameValue) string { return n.Volume }) {
 		return m.Lookup(ctx, name)
 	}
-	view, err := m.complete(ctx, *vol, res.kv(1), res.Revision)
+	view, err := m.complete(ctx, res)
 	if errors.Is(err, ErrCompacted) || err == nil && view.Volume.Phase == PhaseDeleting {
 		return m.Lookup(ctx, name)
 	}
@@ -85,20 +84,34 @@ func (m *Map) view(ctx context.Context, vid string) (View, error) {
 	if !validID(vid) {
 		return View{}, noSuch(vid)
 	}
-	res, err := m.read(ctx, get(m.vol(vid)), get(m.own(vid)))
+	res, err := m.read(ctx, m.viewed(vid)...)
 	if err != nil {
 		return View{}, err
 	}
 	if res.kv(0) == nil {
 		return View{}, noSuch(vid)
 	}
-	return m.complete(ctx, *res.kv(0), res.kv(1), res.Revision)
+	return m.complete(ctx, res)
 }
 
-// complete makes a View of a volume and its owner, if it has one, as of a revision.
-func (m *Map) complete(ctx context.Context, vol KV, own *KV, revision int64) (view View, err error) {
-	if view.Volume, err = decodeVolume(vol); err != nil || own == nil {
+// viewed gets what complete needs.
+func (m *Map) viewed(vid string) []Op {
+	return append([]Op{get(m.vol(vid)), get(m.own(vid))}, m.standing(vid)...)
+}
+
+// complete makes a View of what was read of a volume, as of that revision.
+func (m *Map) complete(ctx context.Context, read TxnResult) (view View, err error) {
+	if view.Volume, err = decodeVolume(*read.kv(0)); err != nil {
 		return view, err
+	}
+	defer func() {
+		if err == nil {
+			m.stand(&view, read.kv(2), read.kv(3), read.kv(4))
+		}
+	}()
+	own := read.kv(1)
+	if own == nil {
+		return view, nil
 	}
 	owner, err := decodeOwner(*own)
 	if err != nil {
@@ -106,7 +119,7 @@ func (m *Map) complete(ctx context.Context, vol KV, own *KV, revision int64) (vi
 	}
 	view.Owner = &owner
 	live, waiting := get(m.live(owner.Node)), getPrefix(m.req(owner.Node, owner.Volume, ""))
-	live.Revision, waiting.Revision = revision, revision
+	live.Revision, waiting.Revision = read.Revision, read.Revision
 	res, err := m.read(ctx, live, waiting)
 	if err != nil {
 		return View{}, err
@@ -119,10 +132,12 @@ func (m *Map) complete(ctx context.Context, vol KV, own *KV, revision int64) (vi
 // List returns every volume that is not being deleted, sorted by name, all at
 // one revision. A broken value is logged and its volume left out.
 func (m *Map) List(ctx context.Context) ([]View, error) {
-	res, err := m.read(ctx, getPrefix(m.vol("")), getPrefix(m.own("")), getPrefix(m.live("")), getPrefix(m.key("req", "")))
+	res, err := m.read(ctx, getPrefix(m.vol("")), getPrefix(m.own("")), getPrefix(m.live("")), getPrefix(m.key("req", "")),
+		getPrefix(m.placement("")), getPrefix(m.presence("")), getPrefix(m.leaseOf("")))
 	if err != nil {
 		return nil, err
 	}
+	placements, presences, leases := byVolume(res.Results[4]), byVolume(res.Results[5]), byVolume(res.Results[6])
 	live := make(map[string]bool, len(res.Results[2].KVs))
 	for _, kv := range res.Results[2].KVs {
 		live[last(kv.Key)] = true
@@ -151,6 +166,7 @@ func (m *Map) List(ctx context.Context) ([]View, error) {
 		}
 		view := View{Volume: v, Owner: owners[v.ID], Waiting: waiting[v.ID]}
 		view.OwnerLive = view.Owner != nil && live[view.Owner.Node]
+		m.stand(&view, placements[v.ID], presences[v.ID], leases[v.ID])
 		views = append(views, view)
 	}
 	slices.SortFunc(views, func(a, b View) int { return cmp.Compare(a.Volume.Name, b.Volume.Name) })
@@ -250,7 +266,7 @@ func (m *Map) Create(ctx context.Context, v Volume) (stored Volume, created bool
 	v.Created = v.Created.UTC().Round(0)
 	for try := 1; ; try++ {
 		res, err := m.write(ctx, Txn{
-			If: []Cmp{none(m.name(v.Name)), none(m.vol(v.ID))},
+			If: []Cmp{none(m.name(v.Name)), none(m.vol(v.ID)), none(m.key("gone", v.ID))},
 			Then: append([]Op{
 				put(m.name(v.Name), encode(nameValue{Volume: v.ID, Op: v.Op})),
 				put(m.vol(v.ID), encode(v)),
@@ -269,7 +285,7 @@ func (m *Map) Create(ctx context.Context, v Volume) (stored Volume, created bool
 			return stored, true, err
 		}
 		if res.kv(0) == nil {
-			return Volume{}, false, fmt.Errorf("create volume %s: id %s belongs to another volume: %w", v.Name, v.ID, ErrConflict)
+			return Volume{}, false, fmt.Errorf("create volume %s: id %s belongs to another volume, or did: %w", v.Name, v.ID, ErrConflict)
 		}
 		view, err := m.Lookup(ctx, v.Name)
 		if err == nil || !errors.Is(err, ErrNotFound) || try == tries {
@@ -483,7 +499,7 @@ func (m *Map) Delete(ctx context.Context, v Volume, token int64) (Volume, error)
 	if !validID(v.ID) {
 		return Volume{}, noSuch(v.Name)
 	}
-	reads := []Op{get(m.own(v.ID)), get(m.vol(v.ID)), get(m.name(v.Name))}
+	reads := []Op{get(m.own(v.ID)), get(m.vol(v.ID)), get(m.name(v.Name)), get(m.placement(v.ID))}
 	res, err := m.read(ctx, reads...)
 	if err != nil {
 		return Volume{}, err
@@ -501,9 +517,12 @@ func (m *Map) Delete(ctx context.Context, v Volume, token int64) (Volume, error)
 				mod(m.vol(v.ID), v.Revision),
 				mod(m.name(v.Name), revisionOf(res.kv(2))),
 			},
-			Then: append([]Op{put(m.vol(v.ID), encode(now))},
+			Then: append([]Op{put(m.vol(v.ID), encode(now)), del(m.placement(v.ID)), del(m.presence(v.ID)), del(m.leaseOf(v.ID))},
 				m.audit(auditLine{What: "delete", Volume: v.ID, Token: token, Op: now.Op})...),
 			Else: reads,
+		}
+		if now.Ref != "" { // else it never was one, and its id may be used
+			txn.Then = append(txn.Then, m.remember(now, readable(m, res.kv(3), decodePlacement))...)
 		}
 		if token != 0 {
 			txn.Then = append(txn.Then, del(m.own(v.ID)))

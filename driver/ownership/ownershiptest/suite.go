@@ -123,6 +123,19 @@ func Run(t *testing.T, cfg Config) {
 		{"Catalog", catalog},
 		{"CatalogAmbiguous", catalogAmbiguous},
 		{"CatalogBroken", catalogBroken},
+		{"Place", place},
+		{"PlaceRefused", placeRefused},
+		{"PlaceAmbiguous", placeAmbiguous},
+		{"PlaceTogether", placeTogether},
+		{"PlaceHere", placeHere},
+		{"PlaceWatched", placeWatched},
+		{"Present", present},
+		{"Lease", lease},
+		{"LeaseEnds", leaseEnds},
+		{"LeaseAmbiguous", leaseAmbiguous},
+		{"Cordon", cordon},
+		{"RemoveNode", removeNode},
+		{"DeletePlaced", deletePlaced},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
