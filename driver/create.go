@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"time"
 
 	"github.com/google/uuid"
@@ -16,24 +17,86 @@ import (
 // createTries is how often a Create begins anew when its volume vanishes under it.
 const createTries = 10
 
-// Create makes a volume, once in the cluster however many nodes ask for it. A
-// volume of that name that has every option given is fine.
+// A CreateRequest is what a volume is to be.
+type CreateRequest struct {
+	Name string
+	// ID is a UUID that no volume has had; "" is one of the driver's choice.
+	ID string
+	// Options are those of docker volume create.
+	Options map[string]string
+	// Labels are further ones, of any name.
+	Labels map[string]string
+	By     string
+}
+
+// maxLabels is how long the labels of a volume may be, all together: every host reads
+// them with every list.
+const maxLabels = 16 << 10
+
+// Create makes a volume for Docker.
 func (d *Driver) Create(ctx context.Context, name string, options map[string]string) error {
-	vol, err := d.parse(name, options)
+	_, err := d.CreateVolume(ctx, CreateRequest{Name: name, Options: options})
+	return err
+}
+
+// CreateVolume makes a volume, once in the cluster however many nodes ask for it. A
+// volume of that name, and of that id if one is given, that has every option given is fine.
+func (d *Driver) CreateVolume(ctx context.Context, req CreateRequest) (Volume, error) {
+	vol, err := d.requested(req)
 	if err != nil {
-		return err
+		return Volume{}, err
 	}
 	if err := d.awaitRegistration(ctx); err != nil {
-		return d.explain(name, err)
+		return Volume{}, d.explain(req.Name, err)
 	}
+	if vol, err = d.create(ctx, vol, req); err != nil {
+		return Volume{}, err
+	}
+	return d.describe(ownership.View{Volume: vol}, nil, false), nil
+}
+
+// requested makes a volume of a request, or says what is wrong with it.
+func (d *Driver) requested(req CreateRequest) (ownership.Volume, error) {
+	vol, err := d.parse(req.Name, req.Options)
+	if err != nil {
+		return vol, err
+	}
+	if req.ID != "" {
+		if id, err := uuid.Parse(req.ID); err != nil || id.String() != req.ID || id == uuid.Nil {
+			return vol, fmt.Errorf("volume id %.40q is not valid: use a UUID in lower case, such as %s", req.ID, vol.ID)
+		}
+		vol.ID = req.ID
+	}
+	if len(req.Labels) > 0 {
+		vol.Labels = maps.Clone(vol.Labels)
+		if vol.Labels == nil {
+			vol.Labels = map[string]string{}
+		}
+		maps.Copy(vol.Labels, req.Labels)
+	}
+	size := 0
+	for key, value := range vol.Labels {
+		size += len(key) + len(value)
+	}
+	if size > maxLabels {
+		return vol, fmt.Errorf("the labels of volume %s are %s long; the most is %s", req.Name, backends.Size(size), backends.Size(maxLabels))
+	}
+	return vol, nil
+}
+
+func (d *Driver) create(ctx context.Context, vol ownership.Volume, req CreateRequest) (ownership.Volume, error) {
 	for try := 1; ; try++ {
 		stored, created, err := d.cfg.Map.Create(ctx, vol)
 		if err != nil {
-			return d.explain(name, err)
+			return stored, d.explain(vol.Name, err)
 		}
 		if !created {
-			if err := d.sameOptions(stored, vol, options); err != nil {
-				return err
+			if req.ID != "" && stored.ID != req.ID {
+				return stored, fmt.Errorf("the name %s is in use by another volume (id %s): choose another name, or remove that one first: %w",
+					vol.Name, stored.ID, ownership.ErrConflict)
+			}
+			if err := d.sameOptions(stored, vol, req.Options); err != nil {
+				return stored, err
 			}
 		}
 		if stored.Phase == ownership.PhaseCreating {
@@ -42,15 +105,15 @@ func (d *Driver) Create(ctx context.Context, name string, options map[string]str
 		switch {
 		case err == nil:
 			d.remember(stored)
-			return nil
-		case errors.Is(err, ownership.ErrNotFound) && try < createTries && sleep(ctx, jitter(10*time.Millisecond)):
+			return stored, nil
+		case errors.Is(err, ownership.ErrNotFound) && req.ID == "" && try < createTries && sleep(ctx, jitter(10*time.Millisecond)):
 			// Removed in that moment; or the node that recorded it could not make its
 			// storage, and undid that. An id is not used twice.
 			vol.ID = uuid.NewString()
 		case created:
-			return d.undoCreate(ctx, stored, err)
+			return stored, d.undoCreate(ctx, stored, err)
 		default:
-			return err
+			return stored, err
 		}
 	}
 }
@@ -185,6 +248,9 @@ func (d *Driver) removeOnce(ctx context.Context, name string) error {
 	}
 	if ds.refs.total() > 0 && !d.doubtful(ds) {
 		return inUseHere(name, d.cfg.Node.Host, ds.snapshot.Load().containers)
+	}
+	if view.Lease != nil {
+		return fmt.Errorf("volume %s was not removed: %w; give the lease back first", name, &ownership.LeasedError{Lease: *view.Lease})
 	}
 	if view.Volume.Revision > ds.vol.Revision { // it was read before the lock was taken
 		ds.vol = view.Volume

@@ -68,6 +68,8 @@ type dataset struct {
 	// was, for the back-off.
 	attempts int
 	failed   time.Time
+	// present is when this node has said that it has the volume mounted, if it has.
+	present presence
 
 	users int         // calls that hold the dataset; guarded by Driver.mu
 	timer *time.Timer // the next try to let go; guarded by Driver.mu
@@ -86,6 +88,7 @@ type snapshot struct {
 	fault      string
 	late       time.Time
 	mounts     int
+	present    presence
 	containers []string
 }
 
@@ -122,7 +125,7 @@ func (ds *dataset) publish() {
 	old := ds.snapshot.Load()
 	s := &snapshot{
 		vol: ds.vol, token: ds.token, attached: ds.att != nil || ds.stray != "", mounted: ds.mounted,
-		lost: ds.lost, fault: ds.fault, late: ds.late, mounts: ds.refs.total(),
+		lost: ds.lost, fault: ds.fault, late: ds.late, mounts: ds.refs.total(), present: ds.present,
 	}
 	if ds.pending != nil {
 		s.pending = ds.pending.Host

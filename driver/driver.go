@@ -122,6 +122,10 @@ type Driver struct {
 	unlearned map[string]int       // volumes whose containers are not known yet: how often to ask Docker
 	silent    time.Time            // when etcd last failed to answer a Get
 	strays    time.Time            // until when an Attach nobody waits for may take effect
+
+	placements map[string]ownership.Placement // by volume, as last read
+	keepers    map[string]*keeper             // volumes on the way to where they are placed
+	rejoined   chan struct{}                  // wakes keepPlaced after a registration
 }
 
 // New makes a Driver and takes up what an earlier process left on this host. It
@@ -150,7 +154,7 @@ func New(cfg Config) (*Driver, error) {
 		confirmed: make(chan struct{}), ctx: ctx, stop: stop,
 		datasets: map[string]*dataset{}, known: map[string]ownership.Volume{},
 		waiting: map[string][]ownership.Request{}, answering: map[string]bool{}, suspects: map[string]time.Time{}, unlearned: map[string]int{},
-		forced: map[int64]time.Time{},
+		forced: map[int64]time.Time{}, placements: map[string]ownership.Placement{}, keepers: map[string]*keeper{}, rejoined: make(chan struct{}, 1),
 		strays: time.Now().Add(strayTime), // of the process before
 	}
 	d.epoch.Store(epoch)
@@ -165,6 +169,7 @@ func (d *Driver) Run(ctx context.Context) error {
 	d.background(d.serve)
 	d.background(d.reconcile)
 	d.background(d.rejoin)
+	d.background(d.keepPlaced)
 	d.background(d.beat)
 	d.background(d.keepKnown)
 	if d.cfg.Docker != nil {
@@ -256,8 +261,12 @@ func (d *Driver) mountVolume(ctx context.Context, vol ownership.Volume, id strin
 	if ds.idle() {
 		ds.vol = vol // the claim reads it anew
 	}
-	if err := d.mount(ctx, ds, id); err != nil {
+	claims := ds.token == 0
+	if err := d.mount(ctx, ds, mounting, id); err != nil {
 		return err
+	}
+	if claims {
+		d.placeHere(ctx, ds)
 	}
 	d.learnSoon(ds)
 	return nil
@@ -363,7 +372,7 @@ func (d *Driver) Unmount(ctx context.Context, name, id string) error {
 			log.Warn(err)
 		}
 	}
-	if ds.refs.total() > 0 {
+	if ds.refs.total() > 0 || d.placedHere(ds.id) {
 		save()
 		return nil
 	}

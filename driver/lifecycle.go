@@ -35,11 +35,12 @@ func (d *Driver) mountpoint(vid string) string {
 	return filepath.Join(d.cfg.MountRoot, vid, mount.DataDir)
 }
 
-// mount brings the volume up as far as it is not and counts the caller. The
+// mount brings the volume up as far as it is not and counts the caller, who is Docker
+// unless the purpose is placing. The
 // straight line: claim, attach, mount. What this call did is undone if it fails,
 // or if the caller has gone: Docker sends no Unmount for a Mount it did not see
 // succeed. The dataset's lock is held.
-func (d *Driver) mount(ctx context.Context, ds *dataset, id string) (err error) {
+func (d *Driver) mount(ctx context.Context, ds *dataset, purpose, id string) (err error) {
 	if ds.lost != "" {
 		return fmt.Errorf("volume %s cannot be mounted here: %s", ds.vol.Name, ds.lost)
 	}
@@ -71,7 +72,7 @@ func (d *Driver) mount(ctx context.Context, ds *dataset, id string) (err error) 
 		if err := d.usable(ctx, ds); err != nil { // its device may have failed
 			return err
 		}
-		if err := d.own(ctx, ds, &undo); err != nil {
+		if err := d.own(ctx, ds, purpose, &undo); err != nil {
 			return err
 		}
 		if err := d.attach(ctx, ds, &undo); err != nil {
@@ -89,7 +90,9 @@ func (d *Driver) mount(ctx context.Context, ds *dataset, id string) (err error) 
 	}
 
 	counted := ds.record(d.cfg.Node.Boot)
-	counted.Refs.add(id, d.epoch.Load(), time.Now())
+	if purpose == mounting {
+		counted.Refs.add(id, d.epoch.Load(), time.Now())
+	}
 	saved := d.save(counted)
 	if !up {
 		if err := d.mountFilesystem(ctx, ds, &undo); err != nil {
@@ -97,14 +100,16 @@ func (d *Driver) mount(ctx context.Context, ds *dataset, id string) (err error) 
 			return errors.Join(err, saved())
 		}
 	}
-	kept, had := ds.refs[id]
-	ds.refs[id] = counted.Refs[id]
-	undo.push("forget the mount", func(context.Context) error {
-		if delete(ds.refs, id); had {
-			ds.refs[id] = kept
-		}
-		return d.journal.save(ds.record(d.cfg.Node.Boot))
-	})
+	if purpose == mounting {
+		kept, had := ds.refs[id]
+		ds.refs[id] = counted.Refs[id]
+		undo.push("forget the mount", func(context.Context) error {
+			if delete(ds.refs, id); had {
+				ds.refs[id] = kept
+			}
+			return d.journal.save(ds.record(d.cfg.Node.Boot))
+		})
+	}
 	if err := saved(); err != nil {
 		return err
 	}
@@ -149,7 +154,7 @@ func (d *Driver) isMounted(ds *dataset) (bool, error) {
 }
 
 // own makes this node the owner, if it is not.
-func (d *Driver) own(ctx context.Context, ds *dataset, undo *undoStack) error {
+func (d *Driver) own(ctx context.Context, ds *dataset, purpose string, undo *undoStack) error {
 	if err := d.finishTakeover(ctx, ds); err != nil {
 		return err
 	}
@@ -166,7 +171,7 @@ func (d *Driver) own(ctx context.Context, ds *dataset, undo *undoStack) error {
 			return d.letGo(ctx, ds)
 		})
 		term := d.cfg.Map.Term() // before, so that a claim is never ascribed to a later one
-		if err := d.claim(ctx, ds, mounting); err != nil {
+		if err := d.claim(ctx, ds, purpose); err != nil {
 			return err
 		}
 		ds.verified = term
@@ -243,7 +248,7 @@ func (d *Driver) dropDoubtful(ctx context.Context, ds *dataset) error {
 // disown notes that this node does not own the volume any more.
 func (d *Driver) disown(ds *dataset) {
 	ds.token, ds.verified, ds.doubt, ds.unseen, ds.attempts = 0, 0, false, false, 0
-	ds.pending, ds.fault, ds.oldBoot = nil, "", false
+	ds.pending, ds.fault, ds.oldBoot, ds.present = nil, "", false, presence{}
 	clear(ds.refs)
 	if time.Now().Before(ds.late) {
 		if err := d.journal.save(ds.record(d.cfg.Node.Boot)); err != nil {
@@ -547,7 +552,10 @@ func (d *Driver) release(ctx context.Context, ds *dataset) error {
 	}
 	var err error
 	handed := false
-	if waiting := d.waitingFor(ds.id); len(waiting) > 0 {
+	waiting := slices.DeleteFunc(slices.Clone(d.waitingFor(ds.id)), func(r ownership.Request) bool {
+		return r.Purpose == draining // who asks does not want it
+	})
+	if len(waiting) > 0 {
 		// HandOver frees the volume if the requester has gone meanwhile.
 		handed, err = d.cfg.Map.HandOver(ctx, ds.id, ds.token, waiting[0])
 		if handed {

@@ -26,6 +26,8 @@ type wish struct {
 const (
 	mounting = "mount"
 	removing = "remove"
+	placing  = "placement"
+	draining = "drain" // a request that hands over to nobody
 )
 
 // claim makes this node the owner of a volume: at once if it is free, by asking
@@ -33,6 +35,11 @@ const (
 // the configured time, and for one that is about to let go until ctx ends. The
 // dataset's lock is held.
 func (d *Driver) claim(ctx context.Context, ds *dataset, purpose string) error {
+	if purpose != removing {
+		if err := d.cordoned(ds.vol.Name); err != nil {
+			return err
+		}
+	}
 	if err := d.ready(ctx, ds.vol); err != nil {
 		return err
 	}
@@ -168,7 +175,7 @@ func (d *Driver) ask(ctx context.Context, ds *dataset, held *ownership.HeldError
 	defer patience.Stop()
 	ticker := time.NewTicker(poll)
 	defer ticker.Stop()
-	impatient := d.cfg.BusyWait <= 0 || w.purpose == removing
+	impatient := d.cfg.BusyWait <= 0 || w.purpose != mounting
 	for {
 		view, err := d.cfg.Map.View(ctx, ds.id)
 		switch {
@@ -192,7 +199,7 @@ func (d *Driver) ask(ctx context.Context, ds *dataset, held *ownership.HeldError
 		reply, replied, err := d.cfg.Map.Replied(ctx, ds.id)
 		busy := err == nil && replied && reply.Node == held.Owner.Node && reply.Busy
 		if busy && impatient {
-			return d.withdraw(ctx, ds, held.Owner, d.busyError(ds, reply, w.started))
+			return d.withdraw(ctx, ds, held.Owner, d.busyError(ds, reply, w))
 		}
 		select {
 		case <-changed:
@@ -211,7 +218,7 @@ func (d *Driver) ask(ctx context.Context, ds *dataset, held *ownership.HeldError
 			impatient = true
 		case <-ctx.Done():
 			if busy {
-				return d.withdraw(ctx, ds, held.Owner, d.busyError(ds, reply, w.started))
+				return d.withdraw(ctx, ds, held.Owner, d.busyError(ds, reply, w))
 			}
 			return d.withdraw(ctx, ds, held.Owner, fmt.Errorf("volume %s is still moving here from host %s; retry: %w",
 				ds.vol.Name, held.Owner.Host, context.Cause(ctx)))
@@ -243,9 +250,12 @@ func (d *Driver) withdraw(ctx context.Context, ds *dataset, owner ownership.Owne
 	return false, nil
 }
 
-func (d *Driver) busyError(ds *dataset, reply ownership.Reply, started time.Time) error {
-	waited := time.Since(started).Round(time.Second)
+func (d *Driver) busyError(ds *dataset, reply ownership.Reply, w wish) error {
+	waited := time.Since(w.started).Round(time.Second)
 	err := &ownership.BusyError{Volume: ds.vol.Name, Reply: reply, Waited: waited}
+	if w.purpose == placing {
+		return fmt.Errorf("%w; it comes here when that ends", err)
+	}
 	if waited < time.Second {
 		return fmt.Errorf("%w; stop what uses it there and retry", err)
 	}
@@ -297,30 +307,9 @@ func (d *Driver) answer(ctx context.Context, vid string) {
 	if ds.token == 0 {
 		return
 	}
-	log := d.log.WithField("volume", ds.vol.Name)
-
-	busy, _, containers := d.inUse(ctx, ds)
-	err := tooEarly(ds)
-	if err == nil {
-		err = d.finishTakeover(ctx, ds)
-	}
-	if err != nil {
-		d.tidySoon(ds)
-	} else if ds.lost != "" {
-		err = errors.New(ds.lost)
-	} else if !busy {
-		if err = d.letGo(ctx, ds); err == nil {
-			return
-		}
-		log.Infof("cannot be handed over: %v", err)
-		d.tidySoon(ds)
-		if errors.Is(err, mount.ErrBusy) {
-			// Its Mount is not counted any more, such as after a docker cp that
-			// followed a crash of this process.
-			if names, _ := d.askDocker(ctx, ds); len(names) > 0 {
-				containers, err = names, nil
-			}
-		}
+	free, containers, err := d.giveWay(ctx, ds)
+	if free {
+		return
 	}
 	for _, req := range waiting {
 		reply := ownership.Reply{Volume: vid, Busy: true, Containers: containers}
@@ -328,9 +317,46 @@ func (d *Driver) answer(ctx context.Context, vid string) {
 			reply.Detail = err.Error()
 		}
 		if err := d.cfg.Map.Reply(ctx, req, reply); err != nil {
-			log.Warnf("answer host %s: %v", req.Host, err)
+			d.log.WithField("volume", ds.vol.Name).Warnf("answer host %s: %v", req.Host, err)
 		}
 	}
+}
+
+// giveWay lets go of a volume that somebody else asks for, unless it is in use; if so, by
+// these containers, or err says why it could not. A placement is no use.
+func (d *Driver) giveWay(ctx context.Context, ds *dataset) (free bool, containers []string, err error) {
+	busy, _, containers := d.inUse(ctx, ds)
+	if err = tooEarly(ds); err == nil {
+		err = d.finishTakeover(ctx, ds)
+	}
+	switch {
+	case err != nil:
+		d.tidySoon(ds)
+		return false, containers, err
+	case ds.lost != "":
+		return false, containers, errors.New(ds.lost)
+	case busy:
+		return false, containers, nil
+	}
+	if err := d.leased(ctx, ds); err != nil {
+		if leased, ok := errors.AsType[*ownership.LeasedError](err); ok {
+			err = errors.New("leased " + leased.Lease.Until())
+		}
+		return false, nil, err
+	}
+	if err = d.letGo(ctx, ds); err == nil {
+		return true, nil, nil
+	}
+	d.log.WithField("volume", ds.vol.Name).Infof("cannot be handed over: %v", err)
+	d.tidySoon(ds)
+	if errors.Is(err, mount.ErrBusy) {
+		// Its Mount is not counted any more, such as after a docker cp that
+		// followed a crash of this process.
+		if names, _ := d.askDocker(ctx, ds); len(names) > 0 {
+			containers, err = names, nil
+		}
+	}
+	return false, containers, err
 }
 
 // adopt takes up an ownership this process knows nothing of: etcd names this node,

@@ -411,8 +411,14 @@ func (w *world) step() {
 		down := w.intN(2) == 0
 		w.log("%s: docker does not answer: %v", h.name, down)
 		h.docker.setDown(down)
-	case n < 96:
+	case n < 95:
 		w.healHost(h)
+	case n < 98:
+		where := []string{"a", "b", "c", ""}[w.intN(4)]
+		h.do(20*time.Second, "place "+volume+" on "+where, func(ctx context.Context, d *driver.Driver) error {
+			_, err := d.Move(ctx, volume, where, h.name)
+			return err
+		})
 	default:
 		w.log("two minutes pass")
 		time.Sleep(2 * time.Minute)
@@ -721,6 +727,11 @@ func (w *world) end() {
 		}
 		h.loseContainers()
 	}
+	for _, name := range []string{"v1", "v2"} {
+		if _, err := w.hosts[0].Move(t.Context(), name, "", "end"); err != nil && !errors.Is(err, ownership.ErrNotFound) {
+			t.Error(err)
+		}
+	}
 	c.settle(15 * time.Minute)
 	if t.Failed() {
 		return
@@ -737,7 +748,7 @@ func (w *world) end() {
 	c.wantNothing()
 	w.check()
 	for _, kv := range c.etcd.Keys("") {
-		if strings.Contains(string(kv.Value), `"deleting"`) {
+		if strings.Contains(kv.Key, "/vol/") && strings.Contains(string(kv.Value), `"deleting"`) {
 			t.Errorf("tombstone left: %s", kv.Key)
 		}
 	}

@@ -345,6 +345,9 @@ func (d *Driver) tidy(ctx context.Context, ds *dataset) {
 			return
 		}
 	}
+	if ds.mounted && d.placedHere(ds.id) {
+		return
+	}
 	if ds.refs.total() > 0 {
 		// Trying costs whoever does use it a write-back, so not on a mere suspicion,
 		// and not often.
@@ -364,6 +367,11 @@ func (d *Driver) tidy(ctx context.Context, ds *dataset) {
 			return
 		}
 		ds.verified = term
+	}
+	if leased, ok := errors.AsType[*ownership.LeasedError](d.leased(ctx, ds)); ok {
+		log.Debug(leased)
+		d.schedule(ds, jitter(d.cfg.Reconcile))
+		return
 	}
 	if err := d.letGo(ctx, ds); err != nil {
 		log.Infof("not let go: %v", err)
@@ -395,10 +403,10 @@ func (d *Driver) tidySoon(ds *dataset) {
 	}
 }
 
-// linger is how long an idle volume stays: not at all if a node waits or the
+// linger is how long an idle volume stays: not at all if it is wanted elsewhere or the
 // backend attaches cheaply.
 func (d *Driver) linger(ds *dataset) time.Duration {
-	if len(d.waitingFor(ds.id)) > 0 {
+	if p, here := d.placement(ds.id); len(d.waitingFor(ds.id)) > 0 || p.Node != "" && !here || d.cfg.Map.Cordoned() {
 		return 0
 	}
 	if backend, err := d.backendOf(ds.vol); err == nil && backend.Properties().CheapAttach {
@@ -537,7 +545,10 @@ func (d *Driver) rejoin(ctx context.Context) {
 			return
 		}
 		for wait := 50 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
-			err := d.confirm(ctx)
+			err := d.readPlacements(ctx) // before anything is let go
+			if err == nil {
+				err = d.confirm(ctx)
+			}
 			if err == nil {
 				break
 			}
@@ -548,6 +559,10 @@ func (d *Driver) rejoin(ctx context.Context) {
 		}
 		if first {
 			close(d.confirmed)
+		}
+		select {
+		case d.rejoined <- struct{}{}:
+		default:
 		}
 	}
 }

@@ -222,7 +222,10 @@ func (d *Driver) describe(view ownership.View, here *snapshot, stale bool) Volum
 		}
 		status["waiting"] = hosts
 	}
-	for key, value := range map[string]string{"mkfs": vol.Mkfs, "mount": vol.Mount, "profile": vol.Profile} {
+	placed, _ := d.placement(vol.ID)
+	for key, value := range map[string]string{
+		"mkfs": vol.Mkfs, "mount": vol.Mount, "profile": vol.Profile, "placement": placed.Host, "placement_error": d.misplaced(vol.ID),
+	} {
 		if value != "" {
 			status[key] = value
 		}
