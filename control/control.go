@@ -35,6 +35,14 @@ type Driver interface {
 	ConfirmDead(ctx context.Context, host string, d ownership.Death) (ownership.Death, error)
 	Reinstate(ctx context.Context, name, by string) error
 	AcceptRestore(ctx context.Context, by string) (gen int64, err error)
+	CreateVolume(ctx context.Context, req driver.CreateRequest) (driver.Volume, error)
+	Remove(ctx context.Context, name string) error
+	// Move records on which host a volume is to be; "" is nowhere.
+	Move(ctx context.Context, name, host, by string) (ownership.Placement, error)
+	Cordon(ctx context.Context, host, by string, on bool) error
+	// Drain takes no longer than 15 s, and may be asked again.
+	Drain(ctx context.Context, host, by string) (driver.Drained, error)
+	RemoveNode(ctx context.Context, host, by string) error
 	// Survey returns all volumes, stale ones if etcd does not answer; Get one. They do
 	// not ask the storage.
 	Survey(ctx context.Context) (volumes []driver.Volume, stale bool)
@@ -93,6 +101,13 @@ func New(d Driver, owners Owners, version string, log *logrus.Entry) *Admin {
 	a.handle("POST /v1/nodes/{host}/confirm-dead", a.confirmDead)
 	a.handle("POST /v1/volumes/{name}/reinstate", a.reinstate)
 	a.handle("POST /v1/cluster/accept-restore", a.acceptRestore)
+	a.handle("POST /v1/volumes", a.create)
+	a.handle("DELETE /v1/volumes/{name}", a.remove)
+	a.handle("POST /v1/volumes/{name}/move", a.move)
+	a.handle("POST /v1/nodes/{host}/cordon", a.cordon)
+	a.handle("POST /v1/nodes/{host}/uncordon", a.uncordon)
+	a.handle("POST /v1/nodes/{host}/drain", a.drain)
+	a.handle("DELETE /v1/nodes/{host}", a.removeNode)
 	a.handle("/", func(_ context.Context, r *http.Request) (any, error) {
 		return nil, &refusal{http.StatusNotFound, fmt.Sprintf("there is no request %s %s: is docker-flocker newer than the plugin?", r.Method, r.URL.Path)}
 	})
@@ -141,10 +156,19 @@ func statusOf(err error) int {
 	if e, ok := errors.AsType[*refusal](err); ok {
 		return e.status
 	}
-	if _, ok := errors.AsType[*ownership.LiveError](err); ok {
-		return http.StatusConflict
+	if _, ok := errors.AsType[*driver.InvalidError](err); ok {
+		return http.StatusBadRequest
 	}
+	if _, ok := errors.AsType[*ownership.NoHostError](err); ok {
+		return http.StatusNotFound
+	}
+	_, live := errors.AsType[*ownership.LiveError](err)
+	_, busy := errors.AsType[*ownership.BusyError](err)
+	_, leased := errors.AsType[*ownership.LeasedError](err)
+	_, held := errors.AsType[*ownership.HeldError](err)
 	switch {
+	case live, busy, leased, held:
+		return http.StatusConflict
 	case errors.Is(err, ownership.ErrNotFound):
 		return http.StatusNotFound
 	case errors.Is(err, ownership.ErrConflict):

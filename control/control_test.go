@@ -67,6 +67,30 @@ func (f *fake) AcceptRestore(ctx context.Context, by string) (int64, error) {
 	return 3, f.do(ctx, "accept-restore by %s", by)
 }
 
+func (f *fake) CreateVolume(ctx context.Context, req driver.CreateRequest) (driver.Volume, error) {
+	v := driver.Volume{Name: req.Name, Definition: ownership.Volume{ID: req.ID, Labels: req.Labels}, Status: map[string]any{"state": "free", "placement": "b", "placement_error": "it rains"}}
+	return v, f.do(ctx, "create %v", req)
+}
+
+func (f *fake) Remove(ctx context.Context, name string) error { return f.do(ctx, "remove %s", name) }
+
+func (f *fake) Move(ctx context.Context, name, host, by string) (ownership.Placement, error) {
+	return ownership.Placement{Node: "n/2", Host: host}, f.do(ctx, "move %s to %q by %s", name, host, by)
+}
+
+func (f *fake) Cordon(ctx context.Context, host, by string, on bool) error {
+	return f.do(ctx, "cordon %s by %s: %v", host, by, on)
+}
+
+func (f *fake) Drain(ctx context.Context, host, by string) (driver.Drained, error) {
+	return driver.Drained{Released: []string{"db"}, Busy: []driver.BusyVolume{{Name: "www", Containers: []string{"web"}}, {Name: "log", Detail: "leased"}}},
+		f.do(ctx, "drain %s by %s", host, by)
+}
+
+func (f *fake) RemoveNode(ctx context.Context, host, by string) error {
+	return f.do(ctx, "remove node %s by %s", host, by)
+}
+
 func (f *fake) List(context.Context) ([]ownership.View, error) { return f.views, f.listErr }
 
 func (f *fake) Survey(context.Context) ([]driver.Volume, bool) { return f.volumes, f.stale }
@@ -208,20 +232,43 @@ func TestConfirmDead(t *testing.T) {
 	}
 }
 
-func TestRepairs(t *testing.T) {
+func TestChanges(t *testing.T) {
 	f := &fake{}
-	for _, test := range []struct{ path, body, want, call, logged string }{
+	const by, done = `{"by":"anna@b"}`, `level=info msg="done as an operator asked" `
+	for _, test := range []struct{ method, path, body, want, call, logged string }{
 		{
-			"/v1/volumes/db/reinstate", `{"by":"anna@b"}`, `{"volume":"db"}`, "reinstate db by anna@b",
+			"POST", "/v1/volumes", `{"name":"db","id":"7","options":{"size":"1G"},"labels":{"a b":"c"},"by":"anna@b"}`,
+			`{"name":"db","id":"7","state":"free","placement":"b","placement_error":"it rains","bytes":0,"filesystem":"","backend":"","labels":{"a b":"c"},"created":"0001-01-01T00:00:00Z"}`,
+			"create {db 7 map[size:1G] map[a b:c] anna@b}", done + "by=anna@b op=create volume=db",
+		},
+		{"DELETE", "/v1/volumes/db", by, "{}", "remove db", done + "by=anna@b op=remove volume=db"},
+		{
+			"POST", "/v1/volumes/db/move", `{"host":"b","by":"anna@b"}`, `{"volume":"db","host":"b","node":"n/2"}`,
+			`move db to "b" by anna@b`, done + "by=anna@b host=b op=move volume=db",
+		},
+		{
+			"POST", "/v1/volumes/db/move", `{"host":"","by":"anna@b"}`, `{"volume":"db","host":"","node":"n/2"}`,
+			`move db to "" by anna@b`, done + "by=anna@b host= op=move volume=db",
+		},
+		{"POST", "/v1/nodes/b/cordon", by, "{}", "cordon b by anna@b: true", done + "by=anna@b host=b op=cordon"},
+		{"POST", "/v1/nodes/n%2F2/uncordon", by, "{}", "cordon n/2 by anna@b: false", done + "by=anna@b host=n/2 op=uncordon"},
+		{
+			"POST", "/v1/nodes/b/drain", by,
+			`{"released":["db"],"moving":[],"busy":[{"volume":"www","containers":["web"]},{"volume":"log","detail":"leased"}]}`,
+			"drain b by anna@b", done + "by=anna@b host=b op=drain",
+		},
+		{"DELETE", "/v1/nodes/b", by, "{}", "remove node b by anna@b", done + `by=anna@b host=b op="remove node"`},
+		{
+			"POST", "/v1/volumes/db/reinstate", `{"by":"anna@b"}`, `{"volume":"db"}`, "reinstate db by anna@b",
 			`level=info msg="done as an operator asked" by=anna@b op=reinstate volume=db`,
 		},
 		{
-			"/v1/cluster/accept-restore", `{"by":"anna@b","typed":"restored"}`, `{"generation":3}`, "accept-restore by anna@b",
+			"POST", "/v1/cluster/accept-restore", `{"by":"anna@b","typed":"restored"}`, `{"generation":3}`, "accept-restore by anna@b",
 			`level=info msg="done as an operator asked" by=anna@b generation=3 op=accept-restore`,
 		},
 	} {
 		f.calls = nil
-		status, got, logged := ask(t, f, "POST", test.path, test.body)
+		status, got, logged := ask(t, f, test.method, test.path, test.body)
 		if status != 200 || got != test.want {
 			t.Errorf("%s: got %d %s, want 200 %s", test.path, status, got, test.want)
 		}
@@ -254,6 +301,11 @@ func TestFailures(t *testing.T) {
 		{reinstate, `{"by":"anna@b"}`, fmt.Errorf("volume db: %w", ownership.ErrConflict), 409, "volume db: changed by another node"},
 		{reinstate, `{"by":"anna@b"}`, errAway, 503, unavailable},
 		{accept, `{"by":"anna@b","typed":"restored"}`, errAway, 503, unavailable},
+		{"/v1/volumes", `{"name":"db","by":"anna@b"}`, &driver.InvalidError{Err: errors.New("size is odd")}, 400, "size is odd"},
+		{"/v1/volumes", `{"name":"db","by":"anna@b"}`, &ownership.RefusedError{Text: "the name db is in use"}, 409, "the name db is in use"},
+		{"/v1/volumes/db/move", `{"host":"c","by":"anna@b"}`, fmt.Errorf("volume db: %w", &ownership.NoHostError{Host: "c", Known: []string{"a", "b"}}), 404, `volume db: no host \"c\" is known; there are: a, b`},
+		{"/v1/nodes/a/drain", `{"by":"anna@b"}`, &ownership.BusyError{Volume: "db", Reply: ownership.Reply{Host: "a"}}, 409, "volume db is in use on host a"},
+		{"/v1/nodes/a/cordon", `{"by":"anna@b"}`, &ownership.LeasedError{Lease: ownership.Lease{Volume: "v1", Node: "n1"}}, 409, "volume v1 is leased to node n1 until it is given back"},
 	} {
 		f := &fake{nodes: known(), err: test.err}
 		status, got, logged := ask(t, f, "POST", test.path, test.body)
@@ -299,6 +351,15 @@ func TestRefused(t *testing.T) {
 		{"POST", accept, `{"typed":"restored"}`, 400, "by is missing: say who accepts what was restored"},
 		{"POST", accept, `{"typed":"restored","by":"a\nb"}`, 400, "by has line breaks or other control characters: leave them out"},
 		{"POST", reinstate, `{}`, 400, "by is missing: say who reinstates the volume"},
+		{"POST", "/v1/volumes", `{"name":"db"}`, 400, "by is missing: say who creates the volume"},
+		{"DELETE", "/v1/volumes/db", `{}`, 400, "by is missing: say who removes the volume"},
+		{"DELETE", "/v1/volumes/db", "", 400, "the request's body is not what it should be: EOF"},
+		{"POST", "/v1/volumes/db/move", `{"host":"a"}`, 400, "by is missing: say who moves the volume"},
+		{"POST", "/v1/volumes/db/move", `{"by":"anna@b"}`, 400, `host is missing: say where the volume is to be; "" is nowhere`},
+		{"POST", "/v1/nodes/a/cordon", `{}`, 400, "by is missing: say who cordons the host"},
+		{"POST", "/v1/nodes/a/uncordon", `{}`, 400, "by is missing: say who uncordons the host"},
+		{"POST", "/v1/nodes/a/drain", `{}`, 400, "by is missing: say who drains the host"},
+		{"DELETE", "/v1/nodes/a", `{}`, 400, "by is missing: say who removes the host"},
 		{"POST", reinstate, "", 400, "the request's body is not what it should be: EOF"},
 		{"GET", confirm, `{"by":"anna@b"}`, 404, "there is no request GET /v1/nodes/a/confirm-dead: is docker-flocker newer than the plugin?"},
 		{"POST", "/v2/nodes", "", 404, "there is no request POST /v2/nodes: is docker-flocker newer than the plugin?"},

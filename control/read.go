@@ -60,6 +60,8 @@ func volume(v driver.Volume) api.Volume {
 	shown.Mounts, _ = v.Status["mounts"].(int)
 	shown.Containers, _ = v.Status["containers"].([]string)
 	shown.Waiting, _ = v.Status["waiting"].([]string)
+	shown.Placement, _ = v.Status["placement"].(string)
+	shown.PlacementError, _ = v.Status["placement_error"].(string)
 	shown.Stale, _ = v.Status["stale"].(bool)
 	return shown
 }

@@ -29,6 +29,15 @@ type CreateRequest struct {
 	By     string
 }
 
+// InvalidError says what is wrong with a request.
+type InvalidError struct {
+	Err error
+}
+
+func (e *InvalidError) Error() string { return e.Err.Error() }
+
+func (e *InvalidError) Unwrap() error { return e.Err }
+
 // maxLabels is how long the labels of a volume may be, all together: every host reads
 // them with every list.
 const maxLabels = 16 << 10
@@ -44,7 +53,7 @@ func (d *Driver) Create(ctx context.Context, name string, options map[string]str
 func (d *Driver) CreateVolume(ctx context.Context, req CreateRequest) (Volume, error) {
 	vol, err := d.requested(req)
 	if err != nil {
-		return Volume{}, err
+		return Volume{}, &InvalidError{err}
 	}
 	if err := d.awaitRegistration(ctx); err != nil {
 		return Volume{}, d.explain(req.Name, err)
@@ -92,8 +101,8 @@ func (d *Driver) create(ctx context.Context, vol ownership.Volume, req CreateReq
 		}
 		if !created {
 			if req.ID != "" && stored.ID != req.ID {
-				return stored, fmt.Errorf("the name %s is in use by another volume (id %s): choose another name, or remove that one first: %w",
-					vol.Name, stored.ID, ownership.ErrConflict)
+				return stored, &ownership.RefusedError{Text: fmt.Sprintf("the name %s is in use by another volume (id %s): choose another name, or remove that one first",
+					vol.Name, stored.ID)}
 			}
 			if err := d.sameOptions(stored, vol, req.Options); err != nil {
 				return stored, err

@@ -393,8 +393,8 @@ func (d *Driver) Drain(ctx context.Context, host, by string) (Drained, error) {
 		}
 	}
 	if len(silent) > 0 {
-		return Drained{}, fmt.Errorf("host %s has not been heard from: it is cordoned now, and still owns %s; if it is switched off, type: %s",
-			node.Host, strings.Join(silent, ", "), confirmCommand(node.Host))
+		return Drained{}, &ownership.RefusedError{Text: fmt.Sprintf("host %s has not been heard from: it is cordoned now, and still owns %s; if it is switched off, type: %s",
+			node.Host, strings.Join(silent, ", "), confirmCommand(node.Host))}
 	}
 	bounded, cancel := context.WithTimeout(ctx, drainTime)
 	defer cancel()

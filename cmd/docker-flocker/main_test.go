@@ -35,6 +35,8 @@ func TestMain(m *testing.M) {
 
 // fake is a plugin that does what it is asked; what that was is in calls.
 type fake struct {
+	control.Driver // what no test here asks for
+
 	mu    sync.Mutex
 	nodes []ownership.NodeStatus // nil: a, whose id is n1
 	owned []string               // by a

@@ -45,14 +45,18 @@ type Volume struct {
 	Mounts     int      `json:"mounts,omitempty"`
 	Containers []string `json:"containers,omitempty"`
 	// Waiting are the hosts that want it.
-	Waiting    []string          `json:"waiting,omitempty"`
-	Bytes      int64             `json:"bytes"`
-	Filesystem string            `json:"filesystem"`
-	Backend    string            `json:"backend"`
-	Profile    string            `json:"profile,omitempty"`
-	Options    map[string]string `json:"options,omitempty"`
-	Labels     map[string]string `json:"labels,omitempty"`
-	Created    time.Time         `json:"created"`
+	Waiting []string `json:"waiting,omitempty"`
+	// Placement is the host on which it is kept, and PlacementError why it is not there
+	// yet, which only that host knows.
+	Placement      string            `json:"placement,omitempty"`
+	PlacementError string            `json:"placement_error,omitempty"`
+	Bytes          int64             `json:"bytes"`
+	Filesystem     string            `json:"filesystem"`
+	Backend        string            `json:"backend"`
+	Profile        string            `json:"profile,omitempty"`
+	Options        map[string]string `json:"options,omitempty"`
+	Labels         map[string]string `json:"labels,omitempty"`
+	Created        time.Time         `json:"created"`
 	// Stale says that etcd did not answer, and this is what the host remembers.
 	Stale bool `json:"stale,omitempty"`
 }
@@ -226,6 +230,58 @@ type Acceptance struct {
 type Accepted struct {
 	// Generation is the cluster's from now on, higher than any before.
 	Generation int64 `json:"generation"`
+}
+
+// Creation is the body of POST /v1/volumes, which is answered with a Volume.
+type Creation struct {
+	Name string `json:"name"`
+	// ID is a UUID that no volume has had; the plugin makes one if it is empty.
+	ID string `json:"id,omitempty"`
+	// Options are those of docker volume create -o.
+	Options map[string]string `json:"options,omitempty"`
+	Labels  map[string]string `json:"labels,omitempty"`
+	// By is who says so: user@host.
+	By string `json:"by"`
+}
+
+// Movement is the body of POST /v1/volumes/{name}/move.
+type Movement struct {
+	// Host is a host name or a node's id. "" is nowhere, and null is a mistake.
+	Host *string `json:"host"`
+	// By is who says so: user@host.
+	By string `json:"by"`
+}
+
+// Moved answers a Movement. It is recorded; that it has come about is seen in the Volume.
+type Moved struct {
+	Volume string `json:"volume"`
+	Host   string `json:"host"`
+	Node   string `json:"node"`
+}
+
+// By is the body of DELETE /v1/volumes/{name}, of DELETE /v1/nodes/{host}, and of POST
+// /v1/nodes/{host}/cordon, uncordon and drain.
+type By struct {
+	// By is who says so: user@host.
+	By string `json:"by"`
+}
+
+// Done answers what has no more to say.
+type Done struct{}
+
+// Drained answers POST /v1/nodes/{host}/drain, with names of volumes.
+type Drained struct {
+	// Released are not the host's any more; Moving are, and will not be in a moment.
+	Released []string `json:"released"`
+	Moving   []string `json:"moving"`
+	Busy     []Busy   `json:"busy"`
+}
+
+// Busy is a volume that its host does not let go, and why.
+type Busy struct {
+	Volume     string   `json:"volume"`
+	Containers []string `json:"containers,omitempty"`
+	Detail     string   `json:"detail,omitempty"`
 }
 
 // Failure is the body of every answer that is not 200.

@@ -109,6 +109,47 @@ func (c *Client) AcceptRestore(ctx context.Context, body Acceptance) (Accepted, 
 	return answer, err
 }
 
+// Create makes a volume. An Error with status 400 says what is wrong with it.
+func (c *Client) Create(ctx context.Context, body Creation) (Volume, error) {
+	var answer Volume
+	err := c.do(ctx, http.MethodPost, "/v1/volumes", body, &answer)
+	return answer, err
+}
+
+// Remove destroys a volume and its data. An Error with status 409 says who uses it.
+func (c *Client) Remove(ctx context.Context, volume string, body By) error {
+	return c.do(ctx, http.MethodDelete, "/v1/volumes/"+url.PathEscape(volume), body, &Done{})
+}
+
+// Move says on which host a volume is to be.
+func (c *Client) Move(ctx context.Context, volume string, body Movement) (Moved, error) {
+	var answer Moved
+	err := c.do(ctx, http.MethodPost, "/v1/volumes/"+url.PathEscape(volume)+"/move", body, &answer)
+	return answer, err
+}
+
+// Cordon has a host, given by its name or its node's id, get no more volumes.
+func (c *Client) Cordon(ctx context.Context, host string, body By) error {
+	return c.do(ctx, http.MethodPost, "/v1/nodes/"+url.PathEscape(host)+"/cordon", body, &Done{})
+}
+
+// Uncordon ends that.
+func (c *Client) Uncordon(ctx context.Context, host string, body By) error {
+	return c.do(ctx, http.MethodPost, "/v1/nodes/"+url.PathEscape(host)+"/uncordon", body, &Done{})
+}
+
+// Drain cordons a host and has it let go of what nothing uses.
+func (c *Client) Drain(ctx context.Context, host string, body By) (Drained, error) {
+	var answer Drained
+	err := c.do(ctx, http.MethodPost, "/v1/nodes/"+url.PathEscape(host)+"/drain", body, &answer)
+	return answer, err
+}
+
+// RemoveNode marks a host that does not come back. An Error with status 409 says why not.
+func (c *Client) RemoveNode(ctx context.Context, host string, body By) error {
+	return c.do(ctx, http.MethodDelete, "/v1/nodes/"+url.PathEscape(host), body, &Done{})
+}
+
 func (c *Client) do(ctx context.Context, method, path string, body, answer any) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, Patience, fmt.Errorf("no answer within %v", Patience))
 	defer cancel()

@@ -220,7 +220,7 @@ func (m *Map) find(ctx context.Context, host string) (Node, int64, error) {
 	switch len(found) {
 	case 0:
 		slices.Sort(hosts)
-		return Node{}, 0, fmt.Errorf("no host %q is known; there are: %s", host, strings.Join(slices.Compact(hosts), ", "))
+		return Node{}, 0, &NoHostError{host, slices.Compact(hosts)}
 	case 1:
 		return found[0], revisions[found[0].ID], nil
 	}

@@ -192,6 +192,29 @@ var (
 	ErrLost = errors.New("no longer the owner")
 )
 
+// RefusedError says why nothing was changed. It matches ErrConflict.
+type RefusedError struct {
+	Text string
+}
+
+func (e *RefusedError) Error() string { return e.Text }
+
+// Is makes it an ErrConflict.
+func (e *RefusedError) Is(target error) bool { return target == ErrConflict }
+
+func refused(format string, args ...any) error { return &RefusedError{fmt.Sprintf(format, args...)} }
+
+// NoHostError says that no node has a host name or an id.
+type NoHostError struct {
+	Host string
+	// Known are the names of the hosts that there are.
+	Known []string
+}
+
+func (e *NoHostError) Error() string {
+	return fmt.Sprintf("no host %q is known; there are: %s", e.Host, strings.Join(e.Known, ", "))
+}
+
 // PhaseError says that a volume is not ready to be used. For one that is being
 // deleted it matches ErrNotFound.
 type PhaseError struct {

@@ -164,9 +164,9 @@ func (n Node) serves() error {
 	case "":
 		return nil
 	case Cordoned:
-		return fmt.Errorf("host %s is cordoned: choose another host, or type: docker flocker node uncordon %s", n.Host, n.Host)
+		return refused("host %s is cordoned: choose another host, or type: docker flocker node uncordon %s", n.Host, n.Host)
 	}
-	return fmt.Errorf("host %s is marked %s in the cluster: choose another host", n.Host, n.State)
+	return refused("host %s is marked %s in the cluster: choose another host", n.Host, n.State)
 }
 
 // Unplace takes a placement away. nil if there is none.
@@ -438,7 +438,7 @@ func (m *Map) removable(ctx context.Context, n Node) error {
 		return err
 	}
 	if res.kv(0) != nil {
-		return fmt.Errorf("host %s is live, so it was not removed: drain it, remove its plugin, and wait until it is no longer live: %w", n.Host, ErrConflict)
+		return refused("host %s is live, so it was not removed: drain it, remove its plugin, and wait until it is no longer live", n.Host)
 	}
 	var owned []string
 	names := map[string]string{}
@@ -458,7 +458,7 @@ func (m *Map) removable(ctx context.Context, n Node) error {
 		return nil
 	}
 	slices.Sort(owned)
-	return fmt.Errorf("host %s still owns volumes, so it was not removed: %s; mount them on another host first: %w", n.Host, list(owned), ErrConflict)
+	return refused("host %s still owns volumes, so it was not removed: %s; mount them on another host first", n.Host, list(owned))
 }
 
 // list is some of the names, for people.

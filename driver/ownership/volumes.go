@@ -285,7 +285,7 @@ func (m *Map) Create(ctx context.Context, v Volume) (stored Volume, created bool
 			return stored, true, err
 		}
 		if res.kv(0) == nil {
-			return Volume{}, false, fmt.Errorf("create volume %s: id %s belongs to another volume, or did: %w", v.Name, v.ID, ErrConflict)
+			return Volume{}, false, refused("create volume %s: id %s belongs to another volume, or did", v.Name, v.ID)
 		}
 		view, err := m.Lookup(ctx, v.Name)
 		if err == nil || !errors.Is(err, ErrNotFound) || try == tries {
