@@ -26,6 +26,7 @@ type settings struct {
 	StateDir  string `option:"FLOCKER_STATE_DIR" default:"/var/lib/flocker" help:"directory on the host for what has to survive the plugin"`
 	MountRoot string `option:"FLOCKER_MOUNT_ROOT" default:"/flocker/mnt" help:"directory below which volumes are mounted"`
 	Hostname  string `option:"FLOCKER_HOSTNAME" help:"name of this host in messages; empty: the system's"`
+	Address   string `option:"FLOCKER_ADDRESS" help:"IP address by which users of the REST API know this host; empty: that of its default route"`
 	LogLevel  string `option:"FLOCKER_LOG_LEVEL" default:"info" oneof:"debug,info,warn,error" help:"how much to log"`
 
 	Certs string `option:"FLOCKER_CERTS" help:"directory with this host's certificates, as docker flocker ca node makes it; empty: /etc/flocker if cluster.crt is there, else certs in the state directory"`
@@ -172,6 +173,9 @@ func (s *settings) check() error {
 		} else if err := certs.Private(f.path); f.secret && err != nil {
 			wrong(f.name, "%w", err)
 		}
+	}
+	if s.Address != "" && net.ParseIP(s.Address) == nil {
+		wrong("FLOCKER_ADDRESS", "%q is not an IP address", s.Address)
 	}
 	together := func(a, b, valueA, valueB string) {
 		if (valueA == "") != (valueB == "") {

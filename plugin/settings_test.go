@@ -72,6 +72,7 @@ func TestSettings(t *testing.T) {
 		{"FLOCKER_ETCD_LISTEN=[::1]:2379", ""},
 		{"FLOCKER_ETCD_LISTEN=localhost:2379", ""},
 
+		{"FLOCKER_ADDRESS=alpha", `setting FLOCKER_ADDRESS: "alpha" is not an IP address`},
 		{"FLOCKER_SOCKET=flocker.sock", `setting FLOCKER_SOCKET: "flocker.sock" is not an absolute path`},
 		{"FLOCKER_MOUNT_ROOT=/..", `setting FLOCKER_MOUNT_ROOT: it cannot be /`},
 		{"FLOCKER_LINGER=5", `setting FLOCKER_LINGER: "5" is not valid; use a time such as 500ms, 10s or 5m`},

@@ -37,6 +37,9 @@ func start(ctx context.Context, s settings, more []configured, srv *server, end 
 	if err != nil {
 		return
 	}
+	if node.Address = s.Address; node.Address == "" {
+		node.Address = hostAddress(ctx)
+	}
 	endpoints := s.EtcdEndpoints
 	var dial func(context.Context) (*clientv3.Client, error)
 	if len(endpoints) == 0 {

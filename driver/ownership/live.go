@@ -196,7 +196,7 @@ func (m *Map) register(ctx context.Context) error {
 		return unavailable(err)
 	}
 	self := alive{Node: m.me, Op: newOp()}
-	self.Identities = nil // they are in the other key
+	self.Identities, self.Address = nil, "" // they are in the other key
 	txn := Txn{
 		If: []Cmp{
 			mod(m.node(m.me.ID), revisionOf(state.kv(0))),

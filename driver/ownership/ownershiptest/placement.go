@@ -427,7 +427,7 @@ func cordon(r *rig) {
 		r.Helper()
 		nodes, err := a.Nodes(r.Context())
 		r.ok(err)
-		if nodes[1].ID != "b" || nodes[1].State != want {
+		if nodes[1].ID != "b" || nodes[1].State != want || nodes[1].Address != "192.0.2.7" {
 			r.Fatalf("node is %+v, want state %q", nodes[1], want)
 		}
 	}

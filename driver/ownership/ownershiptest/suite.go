@@ -165,7 +165,7 @@ type node struct {
 }
 
 func identity(id string) ownership.Node {
-	return ownership.Node{ID: id, Host: "host-" + id, Boot: "boot-" + id}
+	return ownership.Node{ID: id, Host: "host-" + id, Boot: "boot-" + id, Address: "192.0.2.7"}
 }
 
 // join starts a node without waiting for it.
