@@ -65,6 +65,8 @@ func TestIdleNodesAreQuiet(t *testing.T) {
 				}
 				// A node renews every 2.5 s, and once gets a lease for the next audit lines,
 				// which changes no key.
+				mu.Lock()
+				defer mu.Unlock()
 				if maps.DeleteFunc(writes, func(call string, n int) bool {
 					return call == "keepalive" && n <= 2*hours*3600*2/5+2 || call == "grant" && n <= 2
 				}); len(writes) > 0 {

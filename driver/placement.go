@@ -401,13 +401,14 @@ func (d *Driver) Drain(ctx context.Context, host, by string) (Drained, error) {
 	var (
 		mu      sync.Mutex
 		drained Drained
+		asked   = map[string]bool{}
 	)
 	d.several(bounded, slices.Collect(maps.Keys(owned)), func(ctx context.Context, vid string) {
 		free, busy := d.drain(ctx, owned[vid])
 		mu.Lock()
 		defer mu.Unlock()
 		name := owned[vid].Volume.Name
-		if delete(owned, vid); free {
+		if asked[vid] = true; free {
 			drained.Released = append(drained.Released, name)
 		} else if busy != nil {
 			drained.Busy = append(drained.Busy, BusyVolume{Name: name, Containers: busy.Reply.Containers, Detail: busy.Reply.Detail})
@@ -415,8 +416,10 @@ func (d *Driver) Drain(ctx context.Context, host, by string) (Drained, error) {
 			drained.Moving = append(drained.Moving, name)
 		}
 	})
-	for _, v := range owned { // there was no time for them
-		drained.Moving = append(drained.Moving, v.Volume.Name)
+	for vid, v := range owned {
+		if !asked[vid] { // there was no time for it
+			drained.Moving = append(drained.Moving, v.Volume.Name)
+		}
 	}
 	slices.Sort(drained.Released)
 	slices.Sort(drained.Moving)
