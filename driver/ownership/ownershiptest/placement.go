@@ -260,7 +260,7 @@ func placeWatched(r *rig) {
 }
 
 func present(r *rig) {
-	a, b := r.node("a"), r.nodeTTL("b", ttl)
+	a, b := r.node("a"), r.node("b")
 	v := a.volume("v")
 	r.is(a.Present(r.Context(), v.ID, 7, "/mnt/v"), ownership.ErrLost)
 	o := a.claim(v.ID)
@@ -318,12 +318,14 @@ func present(r *rig) {
 	w := b.volume("w")
 	o = b.claim(w.ID)
 	r.ok(b.Present(r.Context(), w.ID, o.Token, "/mnt/w"))
+	if r.placed(a, w.ID).Presence == nil {
+		r.Error("it is not said to be there")
+	}
 	b.stop()
-	r.eventually("the end of b's lease", func() bool {
-		view, err := a.View(r.Context(), w.ID)
-		r.ok(err)
-		return view.Presence == nil
-	})
+	r.ok(b.Leave(r.Context()))
+	if p := r.placed(a, w.ID).Presence; p != nil {
+		r.Errorf("presence is %+v without its node's lease", p)
+	}
 	r.is(b.Present(r.Context(), w.ID, o.Token, "/mnt/w"), ownership.ErrUnavailable)
 }
 
