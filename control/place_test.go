@@ -20,7 +20,7 @@ func TestClientChanges(t *testing.T) {
 	log.SetOutput(io.Discard)
 	f := &fake{}
 	socket := filepath.Join(t.TempDir(), "s")
-	listener, err := net.Listen("unix", socket)
+	listener, err := new(net.ListenConfig).Listen(t.Context(), "unix", socket)
 	if err != nil {
 		t.Fatal(err)
 	}

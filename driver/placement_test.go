@@ -280,10 +280,10 @@ func TestPlacementKilledAtEveryStep(t *testing.T) {
 func TestPlacementAfterRestart(t *testing.T) {
 	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
 		a, b := c.nodes["a"], c.nodes["b"]
-		a.create("db", nil)
-		a.move("db", "b")
+		a.create("logs", nil)
+		a.move("logs", "b")
 		c.settle(time.Second)
-		token := c.view("db").Owner.Token
+		token := c.view("logs").Owner.Token
 		var mu sync.Mutex
 		var calls []string
 		b.kill()
@@ -295,8 +295,8 @@ func TestPlacementAfterRestart(t *testing.T) {
 			return nil
 		})
 		c.settle(time.Minute)
-		c.wantPlaced("db", "b")
-		if now := c.view("db").Owner.Token; now != token {
+		c.wantPlaced("logs", "b")
+		if now := c.view("logs").Owner.Token; now != token {
 			t.Errorf("token %d, was %d", now, token)
 		}
 		mu.Lock()
@@ -327,7 +327,6 @@ func TestPlacementAfterReboot(t *testing.T) {
 			t.Errorf("token %d after the restart, %d before; want a new one", now, before)
 		}
 		b.mustWrite("db")
-		_ = a
 	})
 }
 

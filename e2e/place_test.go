@@ -34,25 +34,25 @@ func TestPlacement(t *testing.T) {
 				t.Fatalf("move to %s: %s", host, got)
 			}
 		}
-		placed := func(h *rig.Host, mounts float64) {
+		placed := func(h *rig.Host) {
 			t.Helper()
 			eventually(t, "db is kept mounted on "+h.Name, func() bool {
 				s := status(t, h, "db")
-				return s["state"] == "mounted" && s["placement"] == h.Name && s["mounts"] == mounts && s["placement_error"] == nil
+				return s["state"] == "mounted" && s["placement"] == h.Name && s["mounts"] == 0.0 && s["placement_error"] == nil
 			})
 		}
 		if got := request(t, first, "POST", "/volumes", `{"name":"db","options":{"size":"64M"},`+by+`}`); !strings.Contains(got, `"name":"db"`) {
 			t.Fatalf("create: %s", got)
 		}
 		move(first, "host2")
-		placed(second, 0)
+		placed(second)
 		if got := status(t, first, "db")["state"]; got != "owned" {
 			t.Errorf("on host1 it is %v", got)
 		}
 
 		// A container elsewhere takes it along, and leaves it there.
 		sh(t, first, "db", "echo one > /data/note && sync")
-		placed(first, 0)
+		placed(first)
 
 		// A container that runs keeps it, until it ends.
 		first.Run(t, "run", "-d", "--name", "holder", "--mount", on("db"), "busybox", "sleep", "600")
@@ -63,7 +63,7 @@ func TestPlacement(t *testing.T) {
 		})
 		first.Run(t, "exec", "holder", "sh", "-c", "echo two >> /data/note && sync")
 		first.Run(t, "rm", "-f", "holder")
-		placed(second, 0)
+		placed(second)
 
 		// The plugin is killed, and the host is restarted.
 		if err := second.KillPlugin(t.Context()); err != nil {
@@ -73,7 +73,7 @@ func TestPlacement(t *testing.T) {
 			_, err := second.Docker(t.Context(), "flocker", "node", "ls")
 			return err == nil
 		})
-		placed(second, 0)
+		placed(second)
 		if err := second.Kill(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -101,7 +101,7 @@ func TestPlacement(t *testing.T) {
 			"run", "--rm", "--mount", on("db"), "busybox", "true")
 		request(t, first, "POST", "/nodes/host2/uncordon", "{"+by+"}")
 		move(first, "host2")
-		placed(second, 0)
+		placed(second)
 		first.Run(t, "volume", "rm", "db")
 		c.wantClean(t)
 	})
