@@ -74,7 +74,7 @@ func TestDocs(t *testing.T) {
 func TestFormats(t *testing.T) {
 	socket := serve(t, documentedCluster())
 	const usage = "See 'docker flocker ls --help'.\n"
-	fields := "there are .Name, .ID, .State, .Detail, .Host, .Token, .Mountpoint, .Mounts, .Containers, .Waiting, .Bytes, .Filesystem, .Backend, .Profile, .Options, .Labels, .Created, .Stale\n"
+	fields := "there are .Name, .ID, .State, .Detail, .Host, .Token, .Mountpoint, .Mounts, .Containers, .Waiting, .Placement, .PlacementError, .Bytes, .Filesystem, .Backend, .Profile, .Options, .Labels, .Created, .Stale\n"
 	for _, test := range []struct {
 		args []string
 		want result
