@@ -59,7 +59,7 @@ type Gone struct {
 	At   time.Time `json:"at"`
 }
 
-// ErrNoLease: nobody has a lease of the volume.
+// ErrNoLease is given for a volume of which nobody has a lease.
 var ErrNoLease = errors.New("there is no lease of the volume")
 
 // LeasedError says who has the lease of a volume.
