@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -237,6 +238,9 @@ func TestContainerRestarted(t *testing.T) {
 	att := s.attach(t, s.a, 1)
 	if out, err := exec.Command("losetup", "-d", att.Device).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
+	}
+	for end := time.Now().Add(30 * time.Second); len(s.devices(t)) > 0 && time.Now().Before(end); {
+		time.Sleep(10 * time.Millisecond) // somebody who looks at all devices has it open
 	}
 	out, err := exec.Command("unshare", "-m", "sh", "-e", "-c", `mount --bind "$1" "$1"; losetup --find --show "$1/$2"`, "sh", s.dir, filepath.Base(s.file(".img"))).Output()
 	if err != nil {
