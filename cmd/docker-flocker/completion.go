@@ -107,9 +107,9 @@ func completions(cmd *cobra.Command) {
 	}
 	for name, what := range map[string]completion{
 		"socket": cobra.FixedCompletions(nil, cobra.ShellCompDirectiveDefault), "output": cobra.FixedCompletions(nil, cobra.ShellCompDirectiveDefault),
-		"dir":     cobra.FixedCompletions(nil, cobra.ShellCompDirectiveFilterDirs),
-		"format":  words("json\tall there is, an object a line", "table\tfollowed by a template: with headings"),
-		"because": cobra.NoFileCompletions, "confirm": cobra.NoFileCompletions,
+		"dir":      cobra.FixedCompletions(nil, cobra.ShellCompDirectiveFilterDirs),
+		"format":   words("json\tall there is, an object a line", "table\tfollowed by a template: with headings"),
+		"metadata": cobra.NoFileCompletions, "size": cobra.NoFileCompletions, "timeout": cobra.NoFileCompletions, "opt": cobra.NoFileCompletions, "label": cobra.NoFileCompletions, "because": cobra.NoFileCompletions, "confirm": cobra.NoFileCompletions,
 		"days": cobra.NoFileCompletions, "ip": cobra.NoFileCompletions, "name": cobra.NoFileCompletions,
 	} {
 		if cmd.LocalFlags().Lookup(name) == nil {

@@ -18,6 +18,10 @@ func TestCompletion(t *testing.T) {
 		"volume reinstate ":                 "www\tquarantined\n:4\n",
 		"volume reinstate www ":             ":4\n",
 		"node confirm-dead ":                "alpha\tlive\nbeta\tsilent 34s\n:4\n",
+		"rm db ":                            "logs\towner not responding\nscratch\tfree\nwww\tquarantined\n:4\n",
+		"move db --to ":                     "alpha\tlive\n:4\n",
+		"node rm ":                          "beta\tsilent 34s\ngamma\tdeclared dead\n:4\n",
+		"node uncordon ":                    ":4\n",
 		"ls ":                               ":4\n",
 		"ls --format ":                      "json\tall there is, an object a line\ntable\tfollowed by a template: with headings\n:4\n",
 		"ls --no":                           "--no-trunc\tshorten nothing, however wide the table is\n:4\n",
@@ -27,7 +31,7 @@ func TestCompletion(t *testing.T) {
 		"--socket ":                         ":0\n",
 		"support-bundle -o ":                ":0\n",
 		"completion ":                       "bash\nfish\nzsh\n:4\n",
-		"node c":                            "confirm-dead\tSay that a host is dead, so that others can mount its volumes\n:4\n",
+		"node co":                           "confirm-dead\tSay that a host is dead, so that others can mount its volumes\ncordon\tGive a host no more volumes\n:4\n",
 	} {
 		args := append([]string{"__complete"}, strings.Split(typed, " ")...)
 		if got := command(t, socket, "", args...); got.code != 0 || got.out != want {

@@ -1,6 +1,10 @@
 package main
 
 import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -42,7 +46,7 @@ func (c *cli) flockerctl() *cobra.Command {
 		flags.String(name, "", "")
 		_ = flags.MarkHidden(name) // it is there
 	}
-	root.AddCommand(c.listDatasets(), c.listNodes(), c.originalVersion(), c.completionOf(root))
+	root.AddCommand(c.listDatasets(), c.listNodes(), c.createDataset(), c.destroyDataset(), c.moveDataset(), c.originalVersion(), c.completionOf(root))
 	return c.prepare(root)
 }
 
@@ -158,4 +162,164 @@ func server(v api.Volume, nodes []api.Node, long bool) string {
 		}
 	}
 	return "<missing>"
+}
+
+func (c *cli) createDataset() *cobra.Command {
+	var node, meta, size string
+	cmd := &cobra.Command{
+		Use: "create", Short: "Make a dataset", Args: none,
+		Long: "Make a dataset.\n\n" +
+			"The word name of its metadata becomes the volume's name; without one it is called by\n" +
+			"its id. The word clusterhq:flocker:profile becomes its profile, the others its labels.",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if node == "" {
+				return errors.New("--node is missing")
+			}
+			body := api.Creation{ID: newID(), By: c.by, Options: map[string]string{}}
+			if meta != "" {
+				var err error
+				if body.Labels, err = pairs("--metadata", strings.Split(meta, ",")); err != nil {
+					return err
+				}
+			}
+			body.Name = cmp.Or(body.Labels["name"], body.ID)
+			for option, value := range map[string]string{"profile": body.Labels["clusterhq:flocker:profile"], "size": size} {
+				if value != "" {
+					body.Options[option] = value
+				}
+			}
+			delete(body.Labels, "name")
+			delete(body.Labels, "clusterhq:flocker:profile")
+			on, err := c.findNode(cmd.Context(), node)
+			if err != nil {
+				return &failure{err}
+			}
+			made, err := c.client().Create(cmd.Context(), body)
+			if err != nil {
+				return &failure{err}
+			}
+			if _, err := c.client().Move(cmd.Context(), made.Name, api.Movement{Host: &on.ID, By: c.by}); err != nil {
+				return &failure{fmt.Errorf("dataset %s is made, and is on no node yet: %w", shown(made.ID, false), err)}
+			}
+			fmt.Fprintf(c.out, "made dataset %s, to be on %s; flockerctl list shows when it is\n", shown(made.ID, false), on.Host)
+			return nil
+		},
+	}
+	cmd.Flags().StringVarP(&node, "node", "n", "", "the node, by the beginning of its `id`")
+	cmd.Flags().StringVarP(&meta, "metadata", "m", "", "`words` such as name=db,team=blue")
+	cmd.Flags().StringVarP(&size, "size", "s", "", "`size`, such as 50G")
+	_ = cmd.RegisterFlagCompletionFunc("node", complete(0, c.nodeIDs)) // it has the flag
+	return cmd
+}
+
+func (c *cli) destroyDataset() *cobra.Command {
+	var dataset string
+	cmd := &cobra.Command{
+		Use: "destroy", Short: "Remove a dataset and what is on it, unless it is in use", Args: none,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if dataset == "" {
+				return errors.New("--dataset is missing")
+			}
+			v, err := c.findDataset(cmd.Context(), dataset)
+			if err == nil {
+				err = c.client().Remove(cmd.Context(), v.Name, api.By{By: c.by})
+			}
+			if err != nil {
+				return &failure{err}
+			}
+			fmt.Fprintf(c.out, "removed dataset %s, name=%s\n", shown(v.ID, false), v.Name)
+			return nil
+		},
+	}
+	c.datasetFlag(cmd, &dataset)
+	return cmd
+}
+
+func (c *cli) moveDataset() *cobra.Command {
+	var dataset, destination string
+	cmd := &cobra.Command{
+		Use: "move", Short: "Say on which node a dataset is to be", Args: none,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if dataset == "" || destination == "" {
+				return errors.New("both --dataset and --destination are needed")
+			}
+			v, err := c.findDataset(cmd.Context(), dataset)
+			if err != nil {
+				return &failure{err}
+			}
+			to, err := c.findNode(cmd.Context(), destination)
+			if err == nil {
+				_, err = c.client().Move(cmd.Context(), v.Name, api.Movement{Host: &to.ID, By: c.by})
+			}
+			if err != nil {
+				return &failure{err}
+			}
+			fmt.Fprintf(c.out, "dataset %s is to be on %s: it moves when nothing uses it; flockerctl list shows when it has\n", shown(v.ID, false), to.Host)
+			return nil
+		},
+	}
+	c.datasetFlag(cmd, &dataset)
+	cmd.Flags().StringVarP(&destination, "destination", "t", "", "the node, by the beginning of its `id`")
+	_ = cmd.RegisterFlagCompletionFunc("destination", complete(0, c.nodeIDs)) // it has the flag
+	return cmd
+}
+
+func (c *cli) datasetFlag(cmd *cobra.Command, dataset *string) {
+	cmd.Flags().StringVarP(dataset, "dataset", "d", "", "the dataset, by the beginning of its `id`")
+	_ = cmd.RegisterFlagCompletionFunc("dataset", complete(0, func(ctx context.Context) (ids []string, err error) {
+		all, err := c.client().Volumes(ctx)
+		for _, v := range all.Volumes {
+			ids = append(ids, shown(v.ID, false)+"\t"+v.Name)
+		}
+		return ids, err
+	})) // it has the flag
+}
+
+func (c *cli) nodeIDs(ctx context.Context) (ids []string, err error) {
+	all, err := c.client().Nodes(ctx)
+	for _, n := range all {
+		ids = append(ids, shown(n.ID, false)+"\t"+n.Host)
+	}
+	return ids, err
+}
+
+func (c *cli) findNode(ctx context.Context, prefix string) (api.Node, error) {
+	all, err := c.client().Nodes(ctx)
+	if err != nil {
+		return api.Node{}, err
+	}
+	return only(all, "node", prefix, func(n api.Node) string { return n.ID })
+}
+
+func (c *cli) findDataset(ctx context.Context, prefix string) (api.Volume, error) {
+	all, err := c.client().Volumes(ctx)
+	if err != nil {
+		return api.Volume{}, err
+	}
+	return only(all.Volumes, "dataset", prefix, func(v api.Volume) string { return v.ID })
+}
+
+// only is the one whose id begins with that.
+func only[T any](all []T, what, prefix string, id func(T) string) (found T, err error) {
+	n := 0
+	for _, one := range all {
+		if strings.HasPrefix(id(one), strings.ToLower(prefix)) {
+			found, n = one, n+1
+		}
+	}
+	switch n {
+	case 0:
+		return found, fmt.Errorf("no %s uuids matching %s", what, prefix)
+	case 1:
+		return found, nil
+	}
+	return found, fmt.Errorf("%s is ambiguous %s", prefix, what)
+}
+
+// newID is a random UUID.
+func newID() string {
+	var b [16]byte
+	_, _ = rand.Read(b[:]) // it never fails
+	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
+	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
 }

@@ -30,11 +30,11 @@ const (
 )
 
 func main() {
-	info, err := os.Stdin.Stat()
 	c := &cli{
 		in: os.Stdin, out: os.Stdout, errout: os.Stderr,
 		// /dev/null passes for a terminal; nothing is ever typed on it.
-		terminal: err == nil && info.Mode()&os.ModeCharDevice != 0,
+		terminal: isTerminal(os.Stdin),
+		watched:  isTerminal(os.Stderr),
 		by:       by(),
 		name:     "docker-flocker",
 		socket:   os.Getenv("FLOCKER_CONTROL"),
@@ -49,11 +49,17 @@ func main() {
 	os.Exit(c.run(context.Background(), args))
 }
 
+func isTerminal(f *os.File) bool {
+	info, err := f.Stat()
+	return err == nil && info.Mode()&os.ModeCharDevice != 0
+}
+
 // A cli runs one command.
 type cli struct {
 	in          io.Reader
 	out, errout io.Writer
 	terminal    bool   // somebody is there to ask
+	watched     bool   // somebody sees errout while it is written
 	by          string // who that is
 	name        string // what was typed to get here
 	socket      string

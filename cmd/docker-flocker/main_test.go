@@ -35,8 +35,6 @@ func TestMain(m *testing.M) {
 
 // fake is a plugin that does what it is asked; what that was is in calls.
 type fake struct {
-	control.Driver // what no test here asks for
-
 	mu    sync.Mutex
 	nodes []ownership.NodeStatus // nil: a, whose id is n1
 	owned []string               // by a
@@ -48,6 +46,8 @@ type fake struct {
 	backends []driver.BackendStatus
 	hosts    []driver.Host // one answer each; the last for good
 	servers  []ownership.Server
+	drained  []driver.Drained                // one answer each; the last for good
+	got      func(name string) driver.Volume // if set, what Get returns
 	volumes  []driver.Volume
 	stale    bool
 	live     error
@@ -100,6 +100,50 @@ func (f *fake) AcceptRestore(_ context.Context, by string) (int64, error) {
 	return 3, f.do("accept-restore by " + by)
 }
 
+func (f *fake) CreateVolume(_ context.Context, req driver.CreateRequest) (driver.Volume, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	v := driver.Volume{Name: req.Name, Definition: ownership.Volume{ID: req.ID}, Status: map[string]any{"state": "free"}}
+	return v, f.do(fmt.Sprintf("create %s %v %v by %s", req.Name, req.Options, req.Labels, req.By))
+}
+
+func (f *fake) Remove(_ context.Context, name string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.do("remove " + name)
+}
+
+func (f *fake) Move(_ context.Context, name, host, by string) (ownership.Placement, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return ownership.Placement{Node: "n2", Host: host}, f.do("move " + name + " to " + host + " by " + by)
+}
+
+func (f *fake) Cordon(_ context.Context, host, by string, on bool) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.do(fmt.Sprintf("cordon %s by %s: %v", host, by, on))
+}
+
+func (f *fake) Drain(_ context.Context, host, by string) (driver.Drained, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var now driver.Drained
+	if len(f.drained) > 0 {
+		now = f.drained[0]
+	}
+	if len(f.drained) > 1 {
+		f.drained = f.drained[1:]
+	}
+	return now, f.do("drain " + host + " by " + by)
+}
+
+func (f *fake) RemoveNode(_ context.Context, host, by string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.do("remove node " + host + " by " + by)
+}
+
 func (f *fake) List(context.Context) ([]ownership.View, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -130,6 +174,9 @@ func (f *fake) Servers(context.Context) []ownership.Server { return f.servers }
 func (f *fake) Survey(context.Context) ([]driver.Volume, bool) { return f.volumes, f.stale }
 
 func (f *fake) Get(_ context.Context, name string) (driver.Volume, error) {
+	if f.got != nil {
+		return f.got(name), nil
+	}
 	for _, v := range f.volumes {
 		if v.Name == name {
 			return v, nil
