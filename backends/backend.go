@@ -163,7 +163,9 @@ type Backend interface {
 	// Attachments returns what is attached to this node now, from the kernel's own
 	// state or that of a program on this node, never from memory or files of the
 	// backend. It is called every few minutes as long as the process runs, so it
-	// MUST NOT ask the storage system itself unless there is no other way.
+	// MUST NOT ask the storage system itself unless there is no other way. One whose
+	// Attach is under way, or was killed half-way, may be among them, without a Device;
+	// Detach undoes it.
 	Attachments(ctx context.Context) ([]Attachment, error)
 }
 
