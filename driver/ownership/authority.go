@@ -162,16 +162,18 @@ func (m *Map) Request(ctx context.Context, owner Owner, purpose string) error {
 		return err
 	}
 	key, rep := m.req(owner.Node, vid, m.me.ID), m.rep(m.me.ID, vid)
-	value := encode(Request{
+	r := Request{
 		Volume: vid, Owner: owner.Node, Node: m.me.ID, Host: m.me.Host, Boot: m.me.Boot,
 		Since: time.Now().UTC(), Op: newOp(), Purpose: purpose,
-	})
+	}
 	res, err := m.write(ctx, Txn{
 		If: []Cmp{mod(m.own(vid), owner.Token), has(m.live(owner.Node)), onLease(m.live(m.me.ID), lease)},
 		Then: []Op{
-			putOn(lease, key, value),
-			// An answer to an earlier wish says nothing about this one.
-			nest(Txn{If: []Cmp{none(key)}, Then: []Op{del(rep)}}),
+			putOn(lease, key, encode(r)),
+			// An answer to an earlier wish says nothing about this one. A wish that is repeated
+			// is no news.
+			nest(Txn{If: []Cmp{none(key)}, Then: append([]Op{del(rep)},
+				m.audit(auditLine{What: "request", Volume: vid, From: owner.Node, Token: owner.Token, Detail: "to " + purpose, Op: r.Op})...)}),
 		},
 		Else: []Op{get(m.own(vid)), get(m.vol(vid)), get(m.live(owner.Node))},
 	})
@@ -231,10 +233,17 @@ func (m *Map) Reply(ctx context.Context, req Request, reply Reply) error {
 		return nil
 	}
 	reply.Volume, reply.Node, reply.Host = req.Volume, m.me.ID, m.me.Host
-	_, err := m.write(ctx, Txn{
+	rep := m.rep(req.Node, req.Volume)
+	txn := Txn{
 		If:   []Cmp{onLease(m.req(m.me.ID, req.Volume, req.Node), req.Lease)},
-		Then: []Op{putOn(req.Lease, m.rep(req.Node, req.Volume), encode(reply))},
-	})
+		Then: []Op{putOn(req.Lease, rep, encode(reply))},
+	}
+	if reply.Busy { // of the answers to one request, the first
+		txn.Then = append(txn.Then, nest(Txn{If: []Cmp{none(rep)}, Then: m.audit(auditLine{
+			What: "refuse", Volume: req.Volume, To: req.Node, Detail: "in use" + reply.users(), Op: newOp(),
+		})}))
+	}
+	_, err := m.write(ctx, txn)
 	return err
 }
 

@@ -205,6 +205,10 @@ func etcdOps(ops []Op) []clientv3.Op {
 			if op.Revision > 0 {
 				opts = append(opts, clientv3.WithRev(op.Revision))
 			}
+			if op.Limit > 0 {
+				opts = append(opts, clientv3.WithMinModRev(op.After+1), clientv3.WithLimit(int64(op.Limit)),
+					clientv3.WithSort(clientv3.SortByModRevision, clientv3.SortAscend))
+			}
 			out[i] = clientv3.OpGet(op.Key, opts...)
 		case OpPut:
 			out[i] = clientv3.OpPut(op.Key, string(op.Value), clientv3.WithLease(clientv3.LeaseID(op.Lease)))
@@ -326,7 +330,7 @@ func watched(res clientv3.WatchResponse) WatchResult {
 			Key: string(ev.Kv.Key), Value: ev.Kv.Value, Lease: ev.Kv.Lease, Version: ev.Kv.Version,
 			CreateRevision: ev.Kv.CreateRevision, ModRevision: ev.Kv.ModRevision,
 		}
-		out.Events = append(out.Events, Event{Deleted: ev.Type == clientv3.EventTypeDelete, KV: kv})
+		out.Events = append(out.Events, KeyEvent{Deleted: ev.Type == clientv3.EventTypeDelete, KV: kv})
 	}
 	return out
 }

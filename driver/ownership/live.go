@@ -156,6 +156,7 @@ func (m *Map) register(ctx context.Context) error {
 	}
 	declared := m.fence(m.me.ID, m.me.Boot)
 	reads := []Op{get(m.node(m.me.ID)), get(m.live(m.me.ID)), get(declared)}
+	m.refreshBucket(ctx)
 	state, err := m.read(ctx, reads...)
 	if err == nil && state.kv(2) != nil {
 		if err = m.acquit(ctx, *state.kv(2)); err == nil {
@@ -203,7 +204,8 @@ func (m *Map) register(ctx context.Context) error {
 			mod(m.live(m.me.ID), revisionOf(former)),
 			none(declared),
 		},
-		Then: []Op{put(m.node(m.me.ID), encode(node)), putOn(lease, m.live(m.me.ID), encode(self))},
+		Then: append([]Op{put(m.node(m.me.ID), encode(node)), putOn(lease, m.live(m.me.ID), encode(self))},
+			m.audit(auditLine{What: "register", Detail: "boot " + m.me.Boot, Op: self.Op})...),
 		Else: []Op{get(m.live(m.me.ID)), get(declared)},
 	}
 	res, err := m.write(ctx, txn)
@@ -223,7 +225,6 @@ func (m *Map) register(ctx context.Context) error {
 		// with it. If that process still runs, it learns that it is no longer the node.
 		m.revoke(ctx, former.Lease)
 	}
-	m.refreshBucket(ctx)
 	m.volumes.Store(nil) // this may be another etcd, or another state of it
 	m.mu.Lock()
 	m.lease, m.until, m.why = lease, sent+ttl-m.margin(ttl), nil

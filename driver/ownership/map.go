@@ -296,9 +296,9 @@ func (m *Map) audit(line auditLine) []Op {
 		return nil
 	}
 	m.lines++
-	line.At, line.Node = time.Now().UTC(), m.me.ID
+	line.At, line.Node, line.Host = time.Now().UTC(), m.me.ID, m.me.Host
 	n := fmt.Sprintf("%.8s-%06d", m.me.Session, m.lines)
-	return []Op{putOn(m.bucket.lease, m.key("ev", line.At.Format("2006010215"), m.me.ID, n), encode(line))}
+	return []Op{putOn(m.bucket.lease, m.lineKey(hour(line.At), m.me.ID, n), encode(line))}
 }
 
 // remember keeps what a deleted volume was, for as long as an audit line.

@@ -23,7 +23,7 @@ type Memory struct {
 	revision  int64
 	compacted int64
 	keys      map[string][]version
-	log       []Event
+	log       []KeyEvent
 	changed   chan struct{} // closed and replaced at every change
 	leases    map[int64]*memoryLease
 	lastLease int64
@@ -131,6 +131,16 @@ func (m *Memory) at(key string, revision int64) (KV, bool) {
 		}
 	}
 	return KV{}, false
+}
+
+// limited is what Limit leaves of what a get found.
+func (op Op) limited(kvs []KV) []KV {
+	if op.Limit == 0 {
+		return kvs
+	}
+	kvs = slices.DeleteFunc(kvs, func(kv KV) bool { return kv.ModRevision <= op.After })
+	slices.SortStableFunc(kvs, func(a, b KV) int { return cmp.Compare(a.ModRevision, b.ModRevision) })
+	return kvs[:min(op.Limit, len(kvs))]
 }
 
 func (m *Memory) holds(c Cmp) bool {
@@ -295,7 +305,7 @@ func (m *Memory) run(p *plan, revision *int64) TxnResult {
 			if at == 0 {
 				at = *revision
 			}
-			res.Results[i].KVs = m.read(op.Key, op.Prefix, at)
+			res.Results[i].KVs = op.limited(m.read(op.Key, op.Prefix, at))
 		case OpPut:
 			old, _ := m.at(op.Key, *revision)
 			*revision = m.revision + 1
@@ -338,7 +348,7 @@ func (m *Memory) remove(key string, revision int64) {
 
 func (m *Memory) record(v version) {
 	m.keys[v.kv.Key] = append(m.keys[v.kv.Key], v)
-	m.log = append(m.log, Event{Deleted: v.deleted, KV: v.kv})
+	m.log = append(m.log, KeyEvent{Deleted: v.deleted, KV: v.kv})
 }
 
 func (m *Memory) commit(revision int64) {
@@ -424,7 +434,7 @@ func (m *Memory) end(id int64, l *memoryLease) {
 
 // next returns the events of a watch from revision from on, the revision to go
 // on from, and a channel that is closed at the next change.
-func (m *Memory) next(key string, prefix bool, from int64) (events []Event, to int64, changed <-chan struct{}, err error) {
+func (m *Memory) next(key string, prefix bool, from int64) (events []KeyEvent, to int64, changed <-chan struct{}, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if from < m.compacted {

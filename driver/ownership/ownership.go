@@ -163,6 +163,22 @@ type Reply struct {
 	Detail string `json:"detail,omitempty"`
 }
 
+// users says what uses the volume, as far as that is known.
+func (r Reply) users() string {
+	var b strings.Builder
+	switch len(r.Containers) {
+	case 0:
+	case 1:
+		fmt.Fprintf(&b, " by container %s", r.Containers[0])
+	default:
+		fmt.Fprintf(&b, " by containers %s", strings.Join(r.Containers, ", "))
+	}
+	if r.Detail != "" {
+		fmt.Fprintf(&b, " (%s)", r.Detail)
+	}
+	return b.String()
+}
+
 // View is everything the map says about one volume at one revision.
 type View struct {
 	Volume Volume
@@ -275,17 +291,5 @@ type BusyError struct {
 }
 
 func (e *BusyError) Error() string {
-	var b strings.Builder
-	fmt.Fprintf(&b, "volume %s is in use on host %s", e.Volume, e.Reply.Host)
-	switch len(e.Reply.Containers) {
-	case 0:
-	case 1:
-		fmt.Fprintf(&b, " by container %s", e.Reply.Containers[0])
-	default:
-		fmt.Fprintf(&b, " by containers %s", strings.Join(e.Reply.Containers, ", "))
-	}
-	if e.Reply.Detail != "" {
-		fmt.Fprintf(&b, " (%s)", e.Reply.Detail)
-	}
-	return b.String()
+	return fmt.Sprintf("volume %s is in use on host %s%s", e.Volume, e.Reply.Host, e.Reply.users())
 }

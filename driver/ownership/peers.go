@@ -104,7 +104,7 @@ func (p *peers) list(kvs []KV, now time.Duration) {
 }
 
 // see takes over one change.
-func (p *peers) see(ev Event, now time.Duration) {
+func (p *peers) see(ev KeyEvent, now time.Duration) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	node := last(ev.KV.Key)
@@ -156,7 +156,7 @@ func (m *Map) followPeers(ctx context.Context) (whole bool) {
 	defer again.Stop()
 	changes := m.store.Watch(ctx, m.live(""), true, 0)
 	for list := true; ; {
-		var events []Event
+		var events []KeyEvent
 		select {
 		case res, ok := <-changes:
 			if !ok || res.Err != nil {

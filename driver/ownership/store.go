@@ -84,6 +84,11 @@ type Op struct {
 	// Revision makes a get one of the state at that revision; 0 is the latest.
 	// Only in transactions that write nothing.
 	Revision int64
+	// Limit makes a get with Prefix one of the first Limit keys that were changed last
+	// after revision After, in the order of these changes; that of keys which were
+	// changed together is not defined.
+	After int64
+	Limit int
 	// Txn is the nested transaction.
 	Txn *Txn
 }
@@ -130,14 +135,14 @@ type KV struct {
 type WatchResult struct {
 	// Revision is the revision up to which everything was reported.
 	Revision int64
-	Events   []Event
+	Events   []KeyEvent
 	// Err ends the watch; ErrCompacted if what it asked for is no longer kept.
 	Err error
 }
 
-// An Event is one change of one key. Of a deletion, KV has the key and, as mod
+// A KeyEvent is one change of one key. Of a deletion, KV has the key and, as mod
 // revision, the deletion's revision.
-type Event struct {
+type KeyEvent struct {
 	Deleted bool
 	KV      KV
 }

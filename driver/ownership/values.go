@@ -43,7 +43,9 @@ type auditLine struct {
 	At     time.Time `json:"at"`
 	What   string    `json:"what"`
 	Volume string    `json:"volume,omitempty"`
+	Name   string    `json:"name,omitempty"` // of a volume that is no longer there
 	Node   string    `json:"node"`
+	Host   string    `json:"host"`
 	From   string    `json:"from,omitempty"`
 	To     string    `json:"to,omitempty"`
 	Token  int64     `json:"token,omitempty"`

@@ -300,7 +300,7 @@ func (m *Map) Create(ctx context.Context, v Volume) (stored Volume, created bool
 // changed otherwise, ErrNotFound if it is gone.
 func (m *Map) Ready(ctx context.Context, v Volume) (Volume, error) {
 	v.Phase = PhaseReady
-	return m.putVolume(ctx, v, func(now Volume) bool {
+	return m.putVolume(ctx, v, "ready", func(now Volume) bool {
 		return now.Phase == PhaseReady && now.Ref == v.Ref
 	})
 }
@@ -312,11 +312,11 @@ func (m *Map) Update(ctx context.Context, v Volume) (Volume, error) {
 	if v.Phase == PhaseDeleting {
 		return Volume{}, &PhaseError{Volume: v}
 	}
-	return m.putVolume(ctx, v, func(Volume) bool { return false })
+	return m.putVolume(ctx, v, "update", func(Volume) bool { return false })
 }
 
-// putVolume is a CAS on v.Revision; same says that what is there is as good.
-func (m *Map) putVolume(ctx context.Context, v Volume, same func(Volume) bool) (Volume, error) {
+// putVolume is a CAS on v.Revision; what is its audit line, and same says that what is there is as good.
+func (m *Map) putVolume(ctx context.Context, v Volume, what string, same func(Volume) bool) (Volume, error) {
 	if !validID(v.ID) {
 		return Volume{}, noSuch(v.ID)
 	}
@@ -326,7 +326,7 @@ func (m *Map) putVolume(ctx context.Context, v Volume, same func(Volume) bool) (
 	v.Op = newOp()
 	res, err := m.write(ctx, Txn{
 		If:   []Cmp{mod(m.vol(v.ID), v.Revision)},
-		Then: []Op{put(m.vol(v.ID), encode(v))},
+		Then: append([]Op{put(m.vol(v.ID), encode(v))}, m.audit(auditLine{What: what, Volume: v.ID, Op: v.Op})...),
 		Else: []Op{get(m.vol(v.ID))},
 	})
 	if err != nil {
@@ -591,7 +591,8 @@ func (m *Map) Purge(ctx context.Context, tombstone Volume) error {
 	res, err := m.write(ctx, Txn{
 		If: []Cmp{mod(m.vol(tombstone.ID), tombstone.Revision)},
 		// A claim that was late may have found the tombstone, for which it gets nothing.
-		Then: []Op{del(m.vol(tombstone.ID)), del(m.own(tombstone.ID))},
+		Then: append([]Op{del(m.vol(tombstone.ID)), del(m.own(tombstone.ID))},
+			m.audit(auditLine{What: "purge", Volume: tombstone.ID, Name: tombstone.Name, Op: newOp()})...),
 		Else: []Op{get(m.vol(tombstone.ID))},
 	})
 	if err != nil {

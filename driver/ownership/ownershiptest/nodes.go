@@ -27,7 +27,8 @@ func register(r *rig) {
 		}
 	}
 	for _, kv := range r.keys("") {
-		if onLease := kv.Lease != 0; onLease != (kv.Key == r.key("live", path.Base(kv.Key))) {
+		may := kv.Key == r.key("live", path.Base(kv.Key)) || strings.HasPrefix(kv.Key, r.key("ev", ""))
+		if onLease := kv.Lease != 0; onLease != may {
 			r.Errorf("key %s: on a lease is %v", kv.Key, onLease)
 		}
 	}

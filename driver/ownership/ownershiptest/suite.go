@@ -136,6 +136,10 @@ func Run(t *testing.T, cfg Config) {
 		{"Cordon", cordon},
 		{"RemoveNode", removeNode},
 		{"DeletePlaced", deletePlaced},
+		{"Observe", observe},
+		{"ObserveFaults", observeFaults},
+		{"Events", events},
+		{"ChangedAfter", changedAfter},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {

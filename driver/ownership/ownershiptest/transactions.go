@@ -2,9 +2,11 @@ package ownershiptest
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -1040,10 +1042,15 @@ func noToken(r *rig) {
 }
 
 func audit(r *rig) {
-	a, b := r.node("a"), r.node("b")
-	v := a.volume("v") // create
-	o := a.claim(v.ID) // claim
-	_, err := a.HandOver(r.Context(), v.ID, o.Token, b.ask(o, a))
+	a, b := r.node("a"), r.node("b") // register, register
+	v := a.volume("v")               // create, ready
+	o := a.claim(v.ID)               // claim
+	req := b.ask(o, a)               // request
+	r.ok(b.Request(r.Context(), o, "mount"))
+	for range 2 { // refuse
+		r.ok(a.Reply(r.Context(), req, ownership.Reply{Busy: true, Containers: []string{"web"}}))
+	}
+	_, err := a.HandOver(r.Context(), v.ID, o.Token, req)
 	r.ok(err)
 	o = *r.owner(v.ID)
 	v, err = b.Formatted(r.Context(), v.ID, o.Token, v)
@@ -1052,10 +1059,24 @@ func audit(r *rig) {
 	r.ok(err)
 	r.ok(b.Release(r.Context(), v.ID, o.Token))
 	r.ok(b.Release(r.Context(), v.ID, o.Token)) // nothing happened
-	_, _ = b.Delete(r.Context(), v, 0)
+	v, err = b.Delete(r.Context(), v, 0)
+	r.ok(err)
+	r.ok(b.Purge(r.Context(), v))
+	r.ok(b.Purge(r.Context(), v)) // nothing happened
 	lines := r.keys("ev", "")
-	if got, want := len(lines), 7; got != want {
-		r.Errorf("got %d audit lines, want %d", got, want)
+	slices.SortFunc(lines, func(a, b ownership.KV) int { return int(a.ModRevision - b.ModRevision) })
+	var got []string
+	for _, line := range lines {
+		var l struct{ What, Host string }
+		r.ok(json.Unmarshal(line.Value, &l))
+		got = append(got, l.What+" "+l.Host)
+	}
+	want := []string{
+		"register host-a", "register host-b", "create host-a", "ready host-a", "claim host-a", "request host-b", "refuse host-a",
+		"hand over host-a", "formatted host-b", "retake host-b", "release host-b", "delete host-b", "purge host-b",
+	}
+	if !slices.Equal(got, want) {
+		r.Errorf("audit lines are %q, want %q", got, want)
 	}
 	// The lease of the lines is not something to fail for. A renewal would get another.
 	a.stop()
