@@ -130,26 +130,29 @@ func badRequest(format string, args ...any) error {
 }
 
 func (a *Admin) handle(pattern string, ask func(ctx context.Context, r *http.Request) (any, error)) {
-	a.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
-		ctx, cancel := context.WithTimeoutCause(r.Context(), deadline, fmt.Errorf("not done within %v", deadline))
-		defer cancel()
-		rc := http.NewResponseController(w)
-		_ = rc.SetReadDeadline(time.Now().Add(ioLimit)) // a recorder in a test has none
-		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
-		got, err := ask(ctx, r)
-		status := http.StatusOK
-		if err != nil {
-			status, got = statusOf(err), api.Failure{Error: err.Error()}
-		}
-		var answer bytes.Buffer
-		enc := json.NewEncoder(&answer)
-		enc.SetEscapeHTML(false) // people read these texts
-		_ = enc.Encode(got)      // all of them can be
-		_ = rc.SetWriteDeadline(time.Now().Add(ioLimit))
-		w.Header().Set("Content-Type", "application/json")
-		w.WriteHeader(status)
-		_, _ = w.Write(answer.Bytes()) // whoever has gone away may ask again
-	})
+	a.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) { a.answer(w, r, ask) })
+}
+
+// answer answers one request.
+func (a *Admin) answer(w http.ResponseWriter, r *http.Request, ask func(ctx context.Context, r *http.Request) (any, error)) {
+	ctx, cancel := context.WithTimeoutCause(r.Context(), deadline, fmt.Errorf("not done within %v", deadline))
+	defer cancel()
+	rc := http.NewResponseController(w)
+	_ = rc.SetReadDeadline(time.Now().Add(ioLimit)) // a recorder in a test has none
+	r.Body = http.MaxBytesReader(w, r.Body, maxBody)
+	got, err := ask(ctx, r)
+	status := http.StatusOK
+	if err != nil {
+		status, got = statusOf(err), api.Failure{Error: err.Error()}
+	}
+	var answer bytes.Buffer
+	enc := json.NewEncoder(&answer)
+	enc.SetEscapeHTML(false) // people read these texts
+	_ = enc.Encode(got)      // all of them can be
+	_ = rc.SetWriteDeadline(time.Now().Add(ioLimit))
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	_, _ = w.Write(answer.Bytes()) // whoever has gone away may ask again
 }
 
 func statusOf(err error) int {

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -151,6 +152,33 @@ func awaitLive(t *testing.T, socket, boot string) {
 	}
 }
 
+// happened demands these events of a volume, or of all; listed and followed.
+func happened(t *testing.T, socket, volume string, want ...string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), starting)
+	defer cancel()
+	client := api.Client{Socket: socket}
+	words := func(e api.Event) string { return strings.TrimSpace(e.What + " " + e.Volume) }
+	var got, followed []string
+	all, err := client.Events(ctx, api.EventQuery{Volume: volume})
+	for _, e := range all.Events {
+		got = append(got, words(e))
+	}
+	if err != nil || !slices.Equal(got, want) {
+		t.Errorf("events: %q, %v, want %q", got, err, want)
+	}
+	enough := errors.New("enough")
+	_, err = client.Follow(ctx, api.EventQuery{Volume: volume, Since: "1h"}, func(e api.Event) error {
+		if followed = append(followed, words(e)); len(followed) == len(want) {
+			return enough
+		}
+		return nil
+	})
+	if !errors.Is(err, enough) || !slices.Equal(followed, want) {
+		t.Errorf("events that were followed: %q, %v, want %q", followed, err, want)
+	}
+}
+
 const starting = time.Minute // for the etcd inside, on a busy machine
 
 func TestProcess(t *testing.T) {
@@ -175,6 +203,7 @@ func TestProcess(t *testing.T) {
 	}
 	control := filepath.Join(dir, "control.sock")
 	awaitLive(t, control, strings.TrimSpace(string(boot)))
+	happened(t, control, "v1", "create v1", "ready v1")
 
 	// kill -9 leaves the socket file, and Docker starts the plugin at once.
 	if err := p.Process.Kill(); err != nil {
@@ -193,6 +222,7 @@ func TestProcess(t *testing.T) {
 		t.Errorf("after kill -9: got %s, %v, want the volume", got, err)
 	}
 	awaitLive(t, control, strings.TrimSpace(string(boot)))
+	happened(t, control, "", "register", "create v0", "ready v0", "delete v0", "purge v0", "create v1", "ready v1", "register")
 	p.stop(t)
 	if _, err := os.Stat(control); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("control socket after the end: got %v, want none", err)

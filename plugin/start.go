@@ -106,7 +106,8 @@ func start(ctx context.Context, s settings, more []configured, srv *server, end 
 		srv.use(d)
 	}
 	log.WithFields(logrus.Fields{"node": node.ID, "etcd": strings.Join(endpoints, ",")}).Info("ready")
-	for name, loop := range map[string]func(context.Context) error{"ownership": owners.Run, "driver": d.Run} {
+	observer := ownership.NewObserver(owners)
+	for name, loop := range map[string]func(context.Context) error{"ownership": owners.Run, "driver": d.Run, "observer": observer.Run} {
 		work.Go(func() {
 			if err := loop(ctx); ctx.Err() == nil {
 				log.WithFields(logrus.Fields{"part": name, "err": err}).Error("stopped by itself")
@@ -114,7 +115,7 @@ func start(ctx context.Context, s settings, more []configured, srv *server, end 
 		})
 	}
 	work.Go(func() {
-		serveControl(ctx, filepath.Join(s.StateDir, "control.sock"), control.New(d, owners, version, log), log)
+		serveControl(ctx, filepath.Join(s.StateDir, "control.sock"), control.New(d, owners, version, log).Observe(observer), log)
 	})
 }
 

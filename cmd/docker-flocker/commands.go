@@ -27,7 +27,7 @@ func (c *cli) root() *cobra.Command {
 	}
 	root.PersistentFlags().StringVar(&c.socket, "socket", c.control(), "the plugin's control `socket`; FLOCKER_CONTROL in the environment is the same")
 	root.AddCommand(
-		c.ls(), c.inspect(), c.create(), c.rm(), c.move(), c.status(), c.doctor(), c.supportBundle(), c.versionOf(),
+		c.ls(), c.inspect(), c.create(), c.rm(), c.move(), c.status(), c.events(), c.doctor(), c.supportBundle(), c.versionOf(),
 		c.group("node", "The hosts of the cluster", c.nodeLs(), c.cordon(), c.uncordon(), c.drain(), c.confirmDead(), c.removeNode()),
 		c.group("backend", "The storage backends of this host", c.backendLs()),
 		c.group("volume", "Repairs of volumes", c.reinstate()),

@@ -151,19 +151,42 @@ func (c *Client) RemoveNode(ctx context.Context, host string, body By) error {
 }
 
 func (c *Client) do(ctx context.Context, method, path string, body, answer any) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, Patience, fmt.Errorf("no answer within %v", Patience))
+	ctx, cancel := context.WithTimeoutCause(ctx, Patience, errSilent)
 	defer cancel()
+	resp, err := c.send(ctx, method, path, body)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	data, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	if err != nil {
+		return c.explain(ctx, err)
+	}
+	if err := json.Unmarshal(data, answer); err != nil {
+		return c.strange(err)
+	}
+	return nil
+}
+
+var errSilent = fmt.Errorf("no answer within %v", Patience)
+
+func (c *Client) strange(err error) error {
+	return fmt.Errorf("%s does not answer as a Flocker plugin: %w", c.Socket, err)
+}
+
+// send returns the answer if it is good.
+func (c *Client) send(ctx context.Context, method, path string, body any) (*http.Response, error) {
 	var sent io.Reader = http.NoBody
 	if body != nil {
 		data, err := json.Marshal(body)
 		if err != nil {
-			return fmt.Errorf("encode the request: %w", err)
+			return nil, fmt.Errorf("encode the request: %w", err)
 		}
 		sent = bytes.NewReader(data)
 	}
 	req, err := http.NewRequestWithContext(ctx, method, "http://flocker"+path, sent)
 	if err != nil {
-		return fmt.Errorf("make the request: %w", err)
+		return nil, fmt.Errorf("make the request: %w", err)
 	}
 	req.Header.Set("Content-Type", "application/json")
 	client := http.Client{
@@ -177,24 +200,21 @@ func (c *Client) do(ctx context.Context, method, path string, body, answer any) 
 	}
 	resp, err := client.Do(req)
 	if err != nil {
-		return c.explain(ctx, err)
+		return nil, c.explain(ctx, err)
+	}
+	if resp.StatusCode == http.StatusOK {
+		return resp, nil
 	}
 	defer resp.Body.Close()
 	data, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	if err != nil {
-		return c.explain(ctx, err)
+		return nil, c.explain(ctx, err)
 	}
-	if resp.StatusCode != http.StatusOK {
-		var failure Failure
-		if json.Unmarshal(data, &failure) != nil || failure.Error == "" {
-			failure.Error = fmt.Sprintf("%s answers %s, which is not what a Flocker plugin says", c.Socket, resp.Status)
-		}
-		return &Error{Status: resp.StatusCode, Text: failure.Error}
+	var failure Failure
+	if json.Unmarshal(data, &failure) != nil || failure.Error == "" {
+		failure.Error = fmt.Sprintf("%s answers %s, which is not what a Flocker plugin says", c.Socket, resp.Status)
 	}
-	if err := json.Unmarshal(data, answer); err != nil {
-		return fmt.Errorf("%s does not answer as a Flocker plugin: %w", c.Socket, err)
-	}
-	return nil
+	return nil, &Error{Status: resp.StatusCode, Text: failure.Error}
 }
 
 // explain says what to do about a plugin that gives no answer.
