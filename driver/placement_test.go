@@ -745,3 +745,38 @@ func TestCreateVolume(t *testing.T) {
 		}
 	})
 }
+
+// A node whose lease had ended says again what it has mounted.
+func TestPresenceIsSaidAgain(t *testing.T) {
+	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
+		a, b := c.nodes["a"], c.nodes["b"]
+		a.create("db", nil)
+		a.move("db", "b")
+		c.settle(time.Second)
+		b.partition(true)
+		c.settle(time.Minute)
+		if v := c.view("db"); v.Presence != nil {
+			t.Errorf("present %+v, without a lease", v.Presence)
+		}
+		b.partition(false)
+		c.settle(time.Minute)
+		c.wantPlaced("db", "b")
+	})
+}
+
+// One more container where the volume is used already changes no decision.
+func TestSecondContainerLeavesPlacement(t *testing.T) {
+	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
+		a := c.nodes["a"]
+		a.create("db", nil)
+		a.mount("db", "id1")
+		a.docker.set("db", "web")
+		a.move("db", "b")
+		c.settle(time.Minute)
+		a.mount("db", "id2")
+		c.settle(time.Minute)
+		if p := c.view("db").Placement; p == nil || p.Host != "b" {
+			t.Errorf("placed %+v, want b", p)
+		}
+	})
+}
