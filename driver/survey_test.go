@@ -20,7 +20,7 @@ func TestSurvey(t *testing.T) {
 		b.create("there", nil)
 		a.mount("here", "id1")
 		b.mount("there", "id2")
-		c.settle(time.Minute)
+		c.settle(10 * time.Second) // the storage is asked again after half a minute
 		c.storage.SetFault(func(_ context.Context, call backendtest.Call) error {
 			t.Errorf("the storage was asked to %s", call.Method)
 			return errors.New("no storage")
