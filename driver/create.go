@@ -218,15 +218,23 @@ func (d *Driver) destroy(ctx context.Context, tombstone ownership.Volume) error 
 // Remove destroys a volume and its data, unless it is in use on any node. A
 // volume that does not exist is removed already.
 func (d *Driver) Remove(ctx context.Context, name string) error {
+	return d.RemoveVolume(ctx, name, "")
+}
+
+// RemoveVolume is Remove for who means the volume of one id: if the volume of that name
+// is another one by now, or there is none, the error is an ErrNotFound. "" is any.
+func (d *Driver) RemoveVolume(ctx context.Context, name, id string) error {
 	if err := validName(name); err != nil {
 		return err
 	}
 	for try := 1; ; try++ {
 		err := d.awaitRegistration(ctx)
 		if err == nil {
-			err = d.removeOnce(ctx, name)
+			err = d.removeOnce(ctx, name, id)
 		}
 		switch {
+		case errors.Is(err, ownership.ErrNotFound) && id != "":
+			return err
 		case errors.Is(err, ownership.ErrNotFound):
 			d.forget(name)
 			return d.removeForgotten(ctx, name)
@@ -240,11 +248,14 @@ func (d *Driver) Remove(ctx context.Context, name string) error {
 	}
 }
 
-func (d *Driver) removeOnce(ctx context.Context, name string) error {
+func (d *Driver) removeOnce(ctx context.Context, name, id string) error {
 	known, _ := d.recall(name)
 	view, err := d.cfg.Map.LookupKnown(ctx, name, known.ID)
 	if err != nil {
 		return d.explain(name, err)
+	}
+	if id != "" && view.Volume.ID != id {
+		return fmt.Errorf("%w: the one named %s has the id %s, not %s", ownership.ErrNotFound, name, view.Volume.ID, id)
 	}
 	ds, done := d.hold(view.Volume.ID)
 	defer done()

@@ -456,6 +456,43 @@ func TestOwnerIsDead(t *testing.T) {
 	})
 }
 
+// Who means one volume does not remove another that has its name by now.
+func TestRemoveVolume(t *testing.T) {
+	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
+		a := c.nodes["a"]
+		a.create("db", nil)
+		first, err := a.Get(t.Context(), "db")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := a.Remove(t.Context(), "db"); err != nil {
+			t.Fatal(err)
+		}
+		gone := first.Definition.ID
+		if err := a.RemoveVolume(t.Context(), "db", gone); !errors.Is(err, ownership.ErrNotFound) {
+			t.Errorf("one that is gone: %v, want ErrNotFound", err)
+		}
+		a.create("db", nil)
+		second, err := c.nodes["b"].Get(t.Context(), "db")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, n := range c.nodes {
+			err := n.RemoveVolume(t.Context(), "db", gone)
+			if !errors.Is(err, ownership.ErrNotFound) {
+				t.Errorf("another one: %v, want ErrNotFound", err)
+			}
+			wantError(t, err, "no such volume: the one named db has the id "+second.Definition.ID+", not "+gone)
+			if _, err := n.Get(t.Context(), "db"); err != nil {
+				t.Errorf("Get: %v", err)
+			}
+		}
+		if err := a.RemoveVolume(t.Context(), "db", second.Definition.ID); err != nil {
+			t.Errorf("that one: %v", err)
+		}
+	})
+}
+
 func TestRemove(t *testing.T) {
 	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
 		a, b := c.nodes["a"], c.nodes["b"]
