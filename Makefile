@@ -96,6 +96,10 @@ bench: deps plugin ## how fast it is, beside Docker's local driver and the bare 
 bench-attach: ## what a Mount adds to what the storage takes, as root; on an idle machine
 	$(GO) test ./plugin -run '^$$' -bench BenchmarkMount -benchtime 300x -count 3
 
+.PHONY: bench-api
+bench-api: ## the REST API of a host with 10,000 volumes, over TLS
+	$(GO) test ./control/rest -run '^$$' -bench . -benchtime 300x
+
 .PHONY: bench-takeover
 bench-takeover: deps plugin-teststore ## how long a volume is not written to when its host is killed; KILLS=20
 	$(GO) run ./e2e/bench -takeover $(or $(KILLS),20) $(ARGS)
