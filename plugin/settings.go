@@ -58,6 +58,8 @@ type settings struct {
 	Hold          time.Duration `option:"FLOCKER_HOLD" default:"3s" min:"1s" help:"time for which a dead host must stay silent before its volumes are taken over, where the storage can cut it off"`
 	Reconcile     time.Duration `option:"FLOCKER_RECONCILE" default:"30s" min:"1s" help:"time between two comparisons of what is with what should be"`
 
+	APIListen string `option:"FLOCKER_API_LISTEN" default:":4523" help:"address on which the REST API is served, once there are certificates in FLOCKER_CERTS; off: nowhere"`
+
 	DockerSocket string `option:"FLOCKER_DOCKER_SOCKET" default:"/host/run/docker.sock" help:"socket of the Docker Engine, which is asked what containers use a volume"`
 }
 
@@ -202,6 +204,11 @@ func (s *settings) check() error {
 			wrong("FLOCKER_ETCD_LISTEN", "without certificates, whoever reaches %s could change who has which volume: make them with docker flocker ca, "+
 				"and put this host's into %s; or set FLOCKER_ETCD_INSECURE=true, if nobody else is on that network",
 				s.EtcdListen, filepath.Join(s.StateDir, "certs"))
+		}
+	}
+	if s.APIListen != apiOff {
+		if _, port, err := net.SplitHostPort(s.APIListen); err != nil || port == "" {
+			wrong("FLOCKER_API_LISTEN", "%q is not an address with a port, such as :4523 or 10.0.0.1:4523, nor %s", s.APIListen, apiOff)
 		}
 	}
 	if s.NodeRenew >= s.NodeTTL/3 {

@@ -28,7 +28,7 @@ func TestSettingsDefaults(t *testing.T) {
 		DefaultSize: 10 * backends.GiB, DefaultFS: "ext4",
 		NodeTTL: 10 * time.Second, NodeRenew: 2500 * time.Millisecond, Linger: 5 * time.Second,
 		BusyWait: 30 * time.Second, MountDeadline: 100 * time.Second, Hold: 3 * time.Second, Reconcile: 30 * time.Second,
-		DockerSocket: "/host/run/docker.sock",
+		APIListen: ":4523", DockerSocket: "/host/run/docker.sock",
 	}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got\n%+v, want\n%+v", got, want)
@@ -59,6 +59,9 @@ func TestSettings(t *testing.T) {
 	tests := []struct {
 		env, want string // want "" is no error
 	}{
+		{"FLOCKER_API_LISTEN=10.0.0.1:443", ""},
+		{"FLOCKER_API_LISTEN=off", ""},
+		{"FLOCKER_API_LISTEN=4523", `setting FLOCKER_API_LISTEN: "4523" is not an address with a port, such as :4523 or 10.0.0.1:4523, nor off`},
 		{"FLOCKER_BUSY_WAIT=0s", ""},
 		{"FLOCKER_BUSY_WAIT=100s", ""},
 		{"FLOCKER_LINGER=0s", ""},

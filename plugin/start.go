@@ -15,6 +15,7 @@ import (
 
 	"github.com/flocker-plugin/flocker/backends"
 	"github.com/flocker-plugin/flocker/control"
+	"github.com/flocker-plugin/flocker/control/rest"
 	"github.com/flocker-plugin/flocker/driver"
 	"github.com/flocker-plugin/flocker/driver/mount"
 	"github.com/flocker-plugin/flocker/driver/ownership"
@@ -114,6 +115,9 @@ func start(ctx context.Context, s settings, more []configured, srv *server, end 
 			}
 		})
 	}
+	work.Go(func() {
+		serveAPI(ctx, s, rest.New(rest.Config{Driver: d, Leases: owners, Cluster: observer, Version: version, Log: log}), log)
+	})
 	work.Go(func() {
 		serveControl(ctx, filepath.Join(s.StateDir, "control.sock"), control.New(d, owners, version, log).Observe(observer), log)
 	})
