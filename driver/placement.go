@@ -125,6 +125,7 @@ func (d *Driver) keepPlaced(ctx context.Context) {
 			sleep(ctx, 20*time.Millisecond) // there may be more of them
 		case <-d.rejoined:
 		case <-time.After(jitter(placeRound)):
+		case <-ctx.Done():
 		}
 		if ctx.Err() != nil {
 			return
