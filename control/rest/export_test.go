@@ -1,12 +1,16 @@
 package rest
 
 import (
-	"net"
 	"reflect"
+	"testing"
 )
 
-// NewLimited is what Serve puts around its listener.
-func NewLimited(l net.Listener, n int) net.Listener { return newLimited(l, n) }
+// SetMaxConnections lets fewer clients in for the time of a test.
+func SetMaxConnections(t testing.TB, n int) {
+	was := maxConnections
+	t.Cleanup(func() { maxConnections = was })
+	maxConnections = n
+}
 
 // V2Requests are all of v2: "GET /v2/volumes".
 func V2Requests() (all []string) {

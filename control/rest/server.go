@@ -7,17 +7,18 @@ import (
 	"net"
 	"net/http"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/sirupsen/logrus"
+	"golang.org/x/net/netutil"
 
 	"github.com/flocker-plugin/flocker/control/certs"
 )
 
+// maxConnections is how many clients are served at a time. More wait.
+var maxConnections = 1000
+
 const (
-	// maxConnections is how many clients are served at a time. More wait.
-	maxConnections = 1000
 	// idle is how long a connection is kept for the next request.
 	idle = 2 * time.Minute
 	// grace is for the answers that are being sent when the process ends.
@@ -47,7 +48,7 @@ func Serve(ctx context.Context, l net.Listener, creds *certs.Credentials, h http
 			_ = srv.Close() // there is nobody to tell
 		}
 	})
-	err := srv.ServeTLS(newLimited(l, maxConnections), "", "")
+	err := srv.ServeTLS(netutil.LimitListener(l, maxConnections), "", "")
 	if !stop() {
 		<-closed
 		return nil
@@ -61,45 +62,4 @@ type errorLog struct{ log *logrus.Entry }
 func (e errorLog) Write(line []byte) (int, error) {
 	e.log.WithField("part", "REST API").Info(strings.TrimSpace(string(line)))
 	return len(line), nil
-}
-
-// limited accepts no more connections than there are slots.
-type limited struct {
-	net.Listener
-	slots chan struct{}
-	done  chan struct{}
-	once  sync.Once
-}
-
-func newLimited(l net.Listener, n int) *limited {
-	return &limited{Listener: l, slots: make(chan struct{}, n), done: make(chan struct{})}
-}
-
-func (l *limited) Accept() (net.Conn, error) {
-	select {
-	case l.slots <- struct{}{}:
-	case <-l.done:
-		return nil, net.ErrClosed
-	}
-	conn, err := l.Listener.Accept()
-	if err != nil {
-		<-l.slots
-		return nil, err
-	}
-	return &slotted{Conn: conn, free: sync.OnceFunc(func() { <-l.slots })}, nil
-}
-
-func (l *limited) Close() error {
-	l.once.Do(func() { close(l.done) })
-	return l.Listener.Close()
-}
-
-type slotted struct {
-	net.Conn
-	free func()
-}
-
-func (c *slotted) Close() error {
-	defer c.free()
-	return c.Conn.Close()
 }

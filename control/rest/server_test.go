@@ -224,59 +224,27 @@ func TestLimits(t *testing.T) {
 
 // Beyond the limit of connections a client waits for another to go.
 func TestConnectionLimit(t *testing.T) {
-	l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	rest.SetMaxConnections(t, 2)
+	s := serve(t)
+	clients := []*http.Client{s.client("anna"), s.client("anna"), s.client("anna")}
+	for _, client := range clients[:2] {
+		if got := do(t, client, "GET", s.url("/v1/version"), ""); got.status != 200 {
+			t.Fatalf("%d %s", got.status, got.body)
+		}
 	}
-	limited := rest.NewLimited(l, 2)
-	accepted := make(chan net.Conn)
-	ended := make(chan error, 1)
+	third := make(chan error, 1)
 	go func() {
-		for {
-			conn, err := limited.Accept()
-			if err != nil {
-				ended <- err
-				return
-			}
-			accepted <- conn
-		}
+		_, err := send(t, clients[2], "GET", s.url("/v1/version"), "")
+		third <- err
 	}()
-	var got []net.Conn
-	for range 3 {
-		conn, err := new(net.Dialer).DialContext(t.Context(), "tcp", l.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
-	}
-	for range 2 {
-		got = append(got, <-accepted)
-	}
 	select {
-	case <-accepted:
-		t.Fatal("a third connection is accepted")
+	case err := <-third:
+		t.Fatalf("a third client is served: %v", err)
 	case <-time.After(200 * time.Millisecond):
 	}
-	_ = got[0].Close()
-	_ = got[0].Close() // which gives nothing back a second time
-	select {
-	case <-accepted:
-	case <-time.After(long):
-		t.Fatal("a connection that has ended makes no room")
-	}
-	select {
-	case <-accepted:
-		t.Fatal("there is more room than there was")
-	case <-time.After(100 * time.Millisecond):
-	}
-	_ = limited.Close()
-	select {
-	case err := <-ended:
-		if !errors.Is(err, net.ErrClosed) {
-			t.Errorf("it ends with %v", err)
-		}
-	case <-time.After(long):
-		t.Error("Close does not end what waits")
+	clients[0].CloseIdleConnections()
+	if err := <-third; err != nil {
+		t.Errorf("a client that has gone makes no room: %v", err)
 	}
 }
 
