@@ -5,6 +5,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -93,6 +94,7 @@ func (d *netDisk) hang() (resume func()) {
 	if _, err := out.Read(make([]byte, 1)); err != nil {
 		d.t.Fatal(err)
 	}
+	d.awaitStopped(pid)
 	resume = sync.OnceFunc(func() {
 		if err := d.server.Process.Signal(syscall.SIGCONT); err != nil {
 			d.t.Error(err)
@@ -102,4 +104,31 @@ func (d *netDisk) hang() (resume func()) {
 	})
 	d.t.Cleanup(resume)
 	return resume
+}
+
+// awaitStopped waits until each thread of a process has stopped: the signal has only been
+// sent, and one that is running may answer a request yet.
+func (d *netDisk) awaitStopped(pid string) {
+	d.t.Helper()
+	running := func() bool {
+		states, err := filepath.Glob("/proc/" + pid + "/task/*/stat")
+		if err != nil || len(states) == 0 {
+			d.t.Fatalf("the server has no threads: %v", err)
+		}
+		for _, file := range states {
+			text, err := os.ReadFile(file)
+			if err != nil {
+				continue // it has ended
+			}
+			if _, state, _ := strings.Cut(string(text), ") "); !strings.HasPrefix(state, "T") {
+				return true
+			}
+		}
+		return false
+	}
+	for started := time.Now(); running(); time.Sleep(time.Millisecond) {
+		if time.Since(started) > 30*time.Second {
+			d.t.Fatal("the server does not stop")
+		}
+	}
 }
