@@ -239,6 +239,10 @@ var (
 	// ErrUnavailable: the storage system could not be asked, or is out of space or
 	// devices; the same request may succeed later.
 	ErrUnavailable = errors.New("unavailable")
+	// ErrLate, besides one of the others, where Properties.LateCalls is not 0: a call that
+	// ends an attachment got no answer, and may still take effect. An Attach MUST say so of
+	// what it has ended itself; of a Detach or Fence that failed it is taken for granted.
+	ErrLate = errors.New("may still take effect")
 )
 
 // Classify returns err with its text as it is, matching class as well. It is for

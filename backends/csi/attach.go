@@ -91,7 +91,7 @@ func (b *Backend) makeWay(ctx context.Context, f *facts, r reference, req backen
 		case other.token == req.Token && (other.record.Going || other.record.Boot != other.boot || (other.whole() && !other.live())):
 			// Its end has begun, or it is of an earlier boot, whose device nodes may be
 			// other disks by now; or its disk was taken away. Begin anew.
-			if err := b.undo(ctx, f, r, other); err != nil {
+			if err := b.giveUp(ctx, f, r, other); err != nil {
 				return place{}, err
 			}
 		case other.token == req.Token:
@@ -99,7 +99,7 @@ func (b *Backend) makeWay(ctx context.Context, f *facts, r reference, req backen
 		case b.shown(ctx, other):
 			return place{}, &backends.AttachedError{Volume: r.Volume, Node: b.self.Node, Token: other.token}
 		default:
-			if err := b.undo(ctx, f, r, other); err != nil {
+			if err := b.giveUp(ctx, f, r, other); err != nil {
 				return place{}, err
 			}
 		}
@@ -255,7 +255,7 @@ func (b *Backend) abandon(ctx context.Context, f *facts, r reference, p place, c
 	if ctx.Err() != nil || p.record.Ref == "" || p.live() {
 		return cause
 	}
-	return errors.Join(cause, b.undo(ctx, f, r, p))
+	return errors.Join(cause, b.giveUp(ctx, f, r, p))
 }
 
 func (b *Backend) attachment(p place) (backends.Attachment, error) {
@@ -304,7 +304,7 @@ func (b *Backend) detach(ctx context.Context, att backends.Attachment) error {
 		return err
 	}
 	if i < 0 {
-		return b.letGo(ctx, f, r, att.Token)
+		return heard(b.letGo(ctx, f, r, att.Token))
 	}
 	return b.undo(ctx, f, r, places[i])
 }
@@ -326,42 +326,68 @@ func (b *Backend) detachThere(ctx context.Context, r reference, att backends.Att
 	return err
 }
 
-// undo takes an attachment down, in CSI's order, from wherever it was left.
+// undo takes an attachment down, in CSI's order, from wherever it was left. It is down
+// when it says unheard; but a call for that may still hit this node's next attachment.
 func (b *Backend) undo(ctx context.Context, f *facts, r reference, p place) error {
+	late, err := b.takeDown(ctx, f, r, p)
+	return heard(late, err)
+}
+
+// giveUp is undo of what no Detach was asked for.
+func (b *Backend) giveUp(ctx context.Context, f *facts, r reference, p place) error {
+	return b.unasked(ctx, r.Volume, func() (bool, error) { return b.takeDown(ctx, f, r, p) })
+}
+
+func (b *Backend) takeDown(ctx context.Context, f *facts, r reference, p place) (late bool, err error) {
 	if err := b.unused(ctx, p); err != nil {
-		return err
+		return false, err
 	}
 	had := p.record.Disk
 	if !p.record.Going {
 		p.record.Going = true
 		if err := p.save(); err != nil {
-			return sentence(backends.ErrUnavailable, "%w", err)
+			return false, sentence(backends.ErrUnavailable, "%w", err)
 		}
 	}
 	b.step("going")
-	_, err := call(ctx, b.client, b.client.node, "NodeUnpublishVolume", b.nodeClient().NodeUnpublishVolume,
+	_, late, err = insist(ctx, b.client, b.client.node, "NodeUnpublishVolume", b.nodeClient().NodeUnpublishVolume,
 		&csi.NodeUnpublishVolumeRequest{VolumeId: r.ID, TargetPath: p.device()})
 	if err != nil && (code(err) != codes.NotFound || !absent(p)) {
-		return err
+		return late, err
 	}
 	b.step("unpublished")
 	if f.stages() {
-		_, err := call(ctx, b.client, b.client.node, "NodeUnstageVolume", b.nodeClient().NodeUnstageVolume,
+		_, unstage, err := insist(ctx, b.client, b.client.node, "NodeUnstageVolume", b.nodeClient().NodeUnstageVolume,
 			&csi.NodeUnstageVolumeRequest{VolumeId: r.ID, StagingTargetPath: p.stage()})
+		late = late || unstage
 		if err != nil && (code(err) != codes.NotFound || !absent(p)) {
-			return err
+			return late, err
 		}
 		b.step("unstaged")
 	}
-	if err := b.letGo(ctx, f, r, p.token); err != nil {
-		return err
+	unpublish, err := b.letGo(ctx, f, r, p.token)
+	late = late || unpublish
+	if err != nil {
+		return late, err
 	}
 	if had != nil && p.record.Boot == p.boot {
 		if err := b.vanish(ctx, f, *had); err != nil {
-			return err
+			return late, err
 		}
 	}
-	return p.remove()
+	return late, p.remove()
+}
+
+// errUnheard says that all was answered in the end, and some of it not at first.
+var errUnheard = sentence(backends.ErrUnavailable, "the CSI driver has let go of the volume, but did not answer at first; that call may still take effect")
+
+// heard is the error of calls that end something. late says that one of them got no
+// answer, whatever came of the next.
+func heard(late bool, err error) error {
+	if late {
+		err = backends.Classify(backends.ErrLate, cmp.Or(err, errUnheard))
+	}
+	return err
 }
 
 // unused is an error while somebody has what is at a place open or mounted.
@@ -415,9 +441,9 @@ func (b *Backend) vanish(ctx context.Context, f *facts, d disk) error {
 }
 
 // letGo unpublishes a volume from this node at the controller.
-func (b *Backend) letGo(ctx context.Context, f *facts, r reference, token int64) error {
+func (b *Backend) letGo(ctx context.Context, f *facts, r reference, token int64) (late bool, err error) {
 	if !f.publishes() {
-		return nil
+		return false, nil
 	}
 	if !b.cfg.Fences {
 		return b.unpublish(ctx, f, r, f.self.GetNodeId())
@@ -426,17 +452,17 @@ func (b *Backend) letGo(ctx context.Context, f *facts, r reference, token int64)
 	// would have been cut off before that was made.
 	e, _, err := b.load(ctx, r.Volume)
 	if err != nil {
-		return err
+		return false, err
 	}
 	held := e == nil || e.Holder == nil || (e.Holder.Node == b.self.Node && e.Holder.Token == token)
 	if e != nil && e.Holder != nil && e.Holder.Node == b.self.Node && !held {
-		return nil
+		return false, nil
 	}
-	if err := b.unpublish(ctx, f, r, f.self.GetNodeId()); err != nil {
-		return err
+	if late, err = b.unpublish(ctx, f, r, f.self.GetNodeId()); err != nil {
+		return late, err
 	}
 	b.step("unpublished at the controller")
-	return b.update(ctx, r.Volume, func(is *entry) (*entry, error) {
+	return late, b.update(ctx, r.Volume, func(is *entry) (*entry, error) {
 		if is == nil || is.Holder == nil || is.Holder.Node != b.self.Node || is.Holder.Token != token {
 			return is, nil
 		}
@@ -446,28 +472,21 @@ func (b *Backend) letGo(ctx context.Context, f *facts, r reference, token int64)
 	})
 }
 
-// errUnheard is the class of an unpublish that was answered, and an earlier one was not.
-var errUnheard = errors.New("a call got no answer")
-
-// unpublish unpublishes a volume from a node at the controller. It has when it says
-// errUnheard; but an earlier call for it may still hit the node's next publication.
-func (b *Backend) unpublish(ctx context.Context, f *facts, r reference, node string) error {
+// unpublish unpublishes a volume from a node at the controller. late says that an earlier
+// call for it got no answer, and may still hit the node's next publication.
+func (b *Backend) unpublish(ctx context.Context, f *facts, r reference, node string) (late bool, err error) {
 	secrets, err := b.client.secrets("publish")
 	if err != nil {
-		return err
+		return false, err
 	}
-	_, unheard, err := insist(ctx, b.client, b.client.controller, "ControllerUnpublishVolume", b.controller().ControllerUnpublishVolume,
+	_, late, err = insist(ctx, b.client, b.client.controller, "ControllerUnpublishVolume", b.controller().ControllerUnpublishVolume,
 		&csi.ControllerUnpublishVolumeRequest{VolumeId: r.ID, NodeId: node, Secrets: secrets})
-	if err == nil && unheard {
-		return backends.Classify(errUnheard, sentence(backends.ErrUnavailable,
-			"the CSI driver has unpublished the volume, but did not answer at first; that call may still take effect"))
-	}
 	if code(err) == codes.NotFound {
 		if _, asked := b.ask(ctx, f, r); errors.Is(asked, backends.ErrNotFound) {
-			return nil // with the volume, its publications are gone
+			return false, nil // with the volume, its publications are gone
 		}
 	}
-	return err
+	return late, err
 }
 
 // Attachments implements backends.Backend. It asks the kernel alone. One that was begun,
@@ -529,8 +548,10 @@ func (b *Backend) tidy(ctx context.Context, r reference, p place) {
 	if p.read() != nil || b.shown(ctx, p) { // it has changed
 		return
 	}
-	if f, err := b.ready(ctx); err == nil {
-		_ = b.undo(ctx, f, r, p)
+	f, err := b.ready(ctx)
+	if err == nil {
+		_ = b.giveUp(ctx, f, r, p)
+		b.told.Delete(p.volume) // the next Attach tells
 	}
 }
 

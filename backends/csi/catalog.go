@@ -1,10 +1,14 @@
 package csi
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
+
+	"github.com/google/uuid"
 
 	"github.com/flocker-plugin/flocker/backends"
 )
@@ -45,6 +49,24 @@ type entry struct {
 	Holder *holder `json:"holder,omitempty"`
 	// Fenced is up to which token each node was cut off, and what it was known by.
 	Fenced map[string]holder `json:"fenced,omitempty"`
+	// Late has a mark for each node whose next publication an earlier call may still hit:
+	// one that got no answer, or whose caller was killed before it could tell.
+	Late map[string]string `json:"late,omitempty"`
+}
+
+// marked is an entry with another mark of a node's; none if it is empty.
+func (e *entry) marked(node, mark string) *entry {
+	next := *e
+	next.Late = maps.Clone(e.Late)
+	if mark == "" {
+		delete(next.Late, node)
+		return &next
+	}
+	if next.Late == nil {
+		next.Late = map[string]string{}
+	}
+	next.Late[node] = mark
+	return &next
 }
 
 // holder is a node that has, or had, a volume published to it under a token. Identity
@@ -118,4 +140,39 @@ func (b *Backend) update(ctx context.Context, volume string, change func(e *entr
 			return err
 		}
 	}
+}
+
+// unasked makes calls that end something of this node's which no Detach was asked for. The
+// driver's journal does not know of them, so the catalog does before they are sent: if this
+// process is killed in the middle, the next one's Attach says that they may come late. If
+// one got no answer, this Attach does.
+func (b *Backend) unasked(ctx context.Context, volume string, end func() (late bool, err error)) error {
+	mark := uuid.NewString()
+	earlier := "" // then it stays, whatever comes of these
+	err := b.update(ctx, volume, func(e *entry) (*entry, error) {
+		if e == nil {
+			return nil, nil
+		}
+		if earlier = e.Late[b.self.Node]; earlier != "" {
+			return e, nil
+		}
+		return e.marked(b.self.Node, mark), nil
+	})
+	if err != nil {
+		return err
+	}
+	b.step("marked")
+	late, err := end()
+	switch {
+	case late:
+		b.told.Store(volume, cmp.Or(earlier, mark))
+	case earlier == "":
+		err = errors.Join(err, b.update(ctx, volume, func(e *entry) (*entry, error) {
+			if e == nil || e.Late[b.self.Node] != mark {
+				return e, nil
+			}
+			return e.marked(b.self.Node, ""), nil
+		}))
+	}
+	return heard(late, err)
 }

@@ -3,12 +3,18 @@ package csi_test
 import (
 	"context"
 	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 
 	"github.com/flocker-plugin/flocker/backends"
@@ -93,6 +99,16 @@ func sweep(t *testing.T, s *storage, vol backends.Volume) {
 	}
 	if published := s.Published(vol.ID); len(published) > 0 && len(atts) == 0 {
 		t.Errorf("published to %v, and not found", published)
+	}
+	detachAll(t, a)
+}
+
+// detachAll detaches what a look finds.
+func detachAll(t *testing.T, a backends.Backend) {
+	t.Helper()
+	atts, err := a.Attachments(t.Context())
+	if err != nil {
+		t.Fatal(err)
 	}
 	for _, att := range atts {
 		if err := a.Detach(t.Context(), att); err != nil {
@@ -316,36 +332,268 @@ func TestCatalogAway(t *testing.T) {
 	}
 }
 
-const unheard = "the CSI driver has unpublished the volume, but did not answer at first; that call may still take effect"
+const unheard = "the CSI driver has let go of the volume, but did not answer at first; that call may still take effect"
 
-// unheardOnce is no answer to the first unpublish.
-func unheardOnce() func(csitest.Call) csitest.Fault {
+// unheardOnce is no answer to the first call of a method.
+func unheardOnce(method string) func(csitest.Call) csitest.Fault {
 	var once sync.Once
 	return func(call csitest.Call) (fault csitest.Fault) {
-		if call.Method == "ControllerUnpublishVolume" {
+		if call.Method == method {
 			once.Do(func() { fault.HangAfter = true })
 		}
 		return fault
 	}
 }
 
-// An unpublish that got no answer may come late, also if the next one is answered: the
-// driver has to know, which then lets some time pass before the volume is attached again.
-func TestUnpublishUnheard(t *testing.T) {
+// A call for a detach that got no answer may come late, also if the next one is answered:
+// the driver has to know, which then lets some time pass before the volume is attached again.
+func TestUnheard(t *testing.T) {
 	for kind, cfg := range map[string]csi.Config{"fences": {Fences: true}, "exclusive": {Exclusive: true}} {
-		t.Run(kind, func(t *testing.T) {
-			cfg.CallTimeout = time.Second
-			s, cluster, vol := newVolume(t, kinds[kind].opts, cfg)
-			s.Inject(unheardOnce())
-			a := s.node(cluster, "a")
-			att := attach(t, a, vol, 1)
-			wantText(t, a.Detach(t.Context(), att), backends.ErrUnavailable, "detach volume "+vol.ID+": "+unheard)
-			if err := a.Detach(t.Context(), att); err != nil {
-				t.Error(err)
-			}
-			down(t, a, vol)
-		})
+		for _, method := range []string{"NodeUnpublishVolume", "NodeUnstageVolume", "ControllerUnpublishVolume"} {
+			t.Run(kind+" "+method, func(t *testing.T) {
+				cfg.CallTimeout = time.Second
+				s, cluster, vol := newVolume(t, kinds[kind].opts, cfg)
+				s.Inject(unheardOnce(method))
+				a := s.node(cluster, "a")
+				att := attach(t, a, vol, 1)
+				err := a.Detach(t.Context(), att)
+				wantText(t, err, backends.ErrUnavailable, "detach volume "+vol.ID+": "+unheard)
+				wantText(t, err, backends.ErrLate, "")
+				if err := a.Detach(t.Context(), att); err != nil {
+					t.Error(err)
+				}
+				down(t, a, vol)
+			})
+		}
 	}
+}
+
+// The same, of what an Attach that fails has made itself: whether the driver answers in
+// the end or not.
+func TestAttachUnheard(t *testing.T) {
+	for _, answered := range []bool{true, false} {
+		for _, method := range []string{"NodeUnpublishVolume", "NodeUnstageVolume", "ControllerUnpublishVolume"} {
+			t.Run(fmt.Sprintf("%s answered=%t", method, answered), func(t *testing.T) {
+				s, cluster, vol := newVolume(t, kinds["fences"].opts, csi.Config{Fences: true, CallTimeout: time.Second})
+				a := s.node(cluster, "a")
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
+				var failed, hung bool
+				s.Inject(func(call csitest.Call) (fault csitest.Fault) {
+					switch {
+					case call.Method == "NodePublishVolume" && !failed:
+						failed, fault.After = true, codes.Internal
+					case call.Method == method && !hung:
+						hung, fault.HangAfter = true, true
+						if !answered {
+							cancel()
+						}
+					}
+					return fault
+				})
+				req := backends.AttachRequest{Ref: vol.Ref, Volume: vol.ID, Token: 1}
+				_, err := a.Attach(ctx, req)
+				wantText(t, err, backends.ErrLate, "NodePublishVolume was done, by wish of the test")
+				wantText(t, err, backends.ErrUnavailable, "")
+				down(t, a, vol, attach(t, a, vol, 1))
+			})
+		}
+	}
+}
+
+// What is left of an attachment that was cut off is taken down by a look at what there is,
+// and one of these calls got no answer: the next Attach says so.
+func TestTidyUnheard(t *testing.T) {
+	s, cluster, vol := newVolume(t, kinds["fences"].opts, csi.Config{Fences: true, CallTimeout: time.Second / 2})
+	a := s.node(cluster, "a")
+	attach(t, a, vol, 1)
+	req := backends.FenceRequest{Ref: vol.Ref, Volume: vol.ID, Node: "a", Identity: csitest.NodeID("a"), Token: 1}
+	if _, err := s.node(cluster, "b").(backends.Fencer).Fence(t.Context(), req); err != nil {
+		t.Fatal(err)
+	}
+	s.Inject(unheardOnce("NodeUnstageVolume"))
+	for range 2 {
+		if atts, err := a.Attachments(t.Context()); err != nil || len(atts) > 0 {
+			t.Errorf("attachments: got %+v, %v", atts, err)
+		}
+	}
+	_, err := a.Attach(t.Context(), backends.AttachRequest{Ref: vol.Ref, Volume: vol.ID, Token: 2})
+	wantText(t, err, backends.ErrLate, "attach volume: "+unheard)
+	down(t, a, vol, attach(t, a, vol, 2))
+}
+
+// A call that cut a node off may come late, too: the node that has the volume next does
+// not care, and the one that was cut off does, when it gets the volume again.
+func TestFenceUnheard(t *testing.T) {
+	s, cluster, vol := newVolume(t, kinds["fences"].opts, csi.Config{Fences: true, CallTimeout: time.Second})
+	a, b := s.node(cluster, "a"), s.node(cluster, "b")
+	old := attach(t, a, vol, 1)
+	s.Inject(unheardOnce("ControllerUnpublishVolume"))
+	req := backends.FenceRequest{Ref: vol.Ref, Volume: vol.ID, Node: "a", Identity: csitest.NodeID("a"), Token: 1}
+	for range 2 { // the second time, all is answered
+		if _, err := b.(backends.Fencer).Fence(t.Context(), req); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := b.Detach(t.Context(), attach(t, b, vol, 2)); err != nil {
+		t.Error(err)
+	}
+	if err := a.Detach(t.Context(), old); err != nil {
+		t.Error(err)
+	}
+	_, err := a.Attach(t.Context(), backends.AttachRequest{Ref: vol.Ref, Volume: vol.ID, Token: 3})
+	wantText(t, err, backends.ErrLate, "attach volume: "+unheard)
+	wantText(t, err, backends.ErrUnavailable, "")
+	down(t, a, vol, attach(t, a, vol, 3))
+}
+
+// cleanUps bring node a to where it takes down what no Detach was asked for, by a call of
+// the one process or the next. Then it attaches the volume under this token.
+var cleanUps = map[string]func(t *testing.T, s *storage, vol backends.Volume) (cleanUp func(a backends.Backend), token int64){
+	"an attach that fails": func(t *testing.T, _ *storage, vol backends.Volume) (func(backends.Backend), int64) {
+		return func(a backends.Backend) {
+			_, err := a.Attach(t.Context(), backends.AttachRequest{Ref: vol.Ref, Volume: vol.ID, Token: 1})
+			wantText(t, err, backends.ErrUnavailable, "NodePublishVolume was done, by wish of the test")
+		}, 1
+	},
+	"an attach after half a detach": func(t *testing.T, s *storage, vol backends.Volume) (func(backends.Backend), int64) {
+		a := s.node(cluster, "a")
+		att := attach(t, a, vol, 1)
+		killAt(a, 1, func() { _ = a.Detach(t.Context(), att) })
+		return func(a backends.Backend) {
+			_, _ = a.Attach(t.Context(), backends.AttachRequest{Ref: vol.Ref, Volume: vol.ID, Token: 1})
+		}, 1
+	},
+	"an attach after one of which only the publication is left": func(t *testing.T, s *storage, vol backends.Volume) (func(backends.Backend), int64) {
+		if s.cfg.Fences {
+			a := s.node(cluster, "a")
+			killAt(a, 3, func() { _, _ = a.Attach(t.Context(), backends.AttachRequest{Ref: vol.Ref, Volume: vol.ID, Token: 1}) })
+			forgetPlace(t, s, vol, 1)
+		}
+		return func(a backends.Backend) {
+			_, _ = a.Attach(t.Context(), backends.AttachRequest{Ref: vol.Ref, Volume: vol.ID, Token: 2})
+		}, 2
+	},
+	"a look at what was cut off": func(t *testing.T, s *storage, vol backends.Volume) (func(backends.Backend), int64) {
+		attach(t, s.node(cluster, "a"), vol, 1)
+		if f, ok := s.node(cluster, "b").(backends.Fencer); ok {
+			req := backends.FenceRequest{Ref: vol.Ref, Volume: vol.ID, Node: "a", Identity: csitest.NodeID("a"), Token: 1}
+			if _, err := f.Fence(t.Context(), req); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return func(a backends.Backend) { _, _ = a.Attachments(t.Context()) }, 2
+	},
+}
+
+// forgetPlace removes what node a has on disk of an attachment that was begun.
+func forgetPlace(t *testing.T, s *storage, vol backends.Volume, token int64) {
+	t.Helper()
+	place := filepath.Join(s.dirs["a"], "csi", strings.ReplaceAll(vol.ID, "-", "")+"."+strconv.FormatInt(token, 36))
+	for _, path := range []string{"record", "stage", ""} {
+		if err := os.Remove(filepath.Join(place, path)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// attachLater is attach as the driver does it: what is in the way is detached, and where an
+// earlier call may come late it asks again when none can. late makes such calls come.
+func attachLater(t *testing.T, a backends.Backend, vol backends.Volume, token int64, late func()) backends.Attachment {
+	t.Helper()
+	req := backends.AttachRequest{Ref: vol.Ref, Volume: vol.ID, Token: token}
+	att, err := a.Attach(t.Context(), req)
+	if _, ok := errors.AsType[*backends.AttachedError](err); ok {
+		detachAll(t, a)
+		att, err = a.Attach(t.Context(), req)
+	}
+	if errors.Is(err, backends.ErrLate) {
+		wantText(t, err, backends.ErrUnavailable, "attach volume: "+unheard)
+		late()
+		att, err = a.Attach(t.Context(), req)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return att
+}
+
+// A process is killed while it takes down what no Detach was asked for. A call for that comes
+// late, and hits nothing that the next process has attached.
+func TestKilledInCleanUp(t *testing.T) {
+	backendtest.NeedRoot(t)
+	for _, name := range []string{"fences", "fences without staging", "exclusive"} {
+		for _, method := range []string{"NodeUnpublishVolume", "NodeUnstageVolume", "ControllerUnpublishVolume"} {
+			if method == "NodeUnstageVolume" && !kinds[name].opts.Stage {
+				continue
+			}
+			t.Run(name+" "+method, func(t *testing.T) {
+				t.Parallel()
+				s := newStorage(t, kinds[name].opts, kinds[name].cfg)
+				for what, begin := range cleanUps {
+					for n, step := 1, "?"; step != ""; n++ {
+						for _, swept := range []bool{false, true} {
+							vol, err := s.node(cluster, "a").Create(t.Context(), request(cluster))
+							if err != nil {
+								t.Fatal(err)
+							}
+							cleanUp, token := begin(t, s, vol)
+							queue := make(chan struct{})
+							late := sync.OnceFunc(func() {
+								close(queue)
+								s.Settle()
+							})
+							t.Cleanup(late)
+							var failed, queued sync.Once
+							s.Inject(func(call csitest.Call) (fault csitest.Fault) {
+								switch {
+								case call.Method == method:
+									queued.Do(func() { fault.Queued = queue })
+								case call.Method == "NodePublishVolume" && what == "an attach that fails":
+									failed.Do(func() { fault.After = codes.Internal })
+								}
+								return fault
+							})
+							a := s.node(cluster, "a")
+							step = killAt(a, n, func() { cleanUp(a) })
+							t.Logf("%s was killed after %q (swept: %t)", what, step, swept)
+							s.Inject(nil)
+							a = s.node(cluster, "a")
+							if swept {
+								detachAll(t, a)
+							}
+							att := attachLater(t, a, vol, token, late)
+							late()
+							if atts, err := a.Attachments(t.Context()); err != nil || !slices.Equal(atts, []backends.Attachment{att}) {
+								t.Errorf("attachments: got %+v, %v; want %+v", atts, err, att)
+							}
+							if err := readSome(att.Device); err != nil {
+								t.Errorf("the device was taken away: %v", err)
+							}
+							down(t, a, vol, att)
+							if t.Failed() {
+								t.Fatalf("%s was killed after %q (swept: %t)", what, step, swept)
+							}
+						}
+					}
+				}
+			})
+		}
+	}
+}
+
+// readSome reads from a device, and not what the kernel has kept of it.
+func readSome(device string) error {
+	f, err := os.Open(device)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
+		return err
+	}
+	_, err = f.ReadAt(make([]byte, 4096), 4<<20)
+	return err
 }
 
 // While a node is being cut off it gets nothing any more.

@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/flocker-plugin/flocker/backends"
@@ -92,7 +93,8 @@ type Backend struct {
 	cfg    Config
 	self   Self
 	client *client
-	dir    string // of this node's attachments
+	dir    string   // of this node's attachments
+	told   sync.Map // by volume, the mark (entry.Late) that an Attach of this process has spoken of
 	step   func(name string)
 }
 

@@ -501,7 +501,10 @@ func TestHalfIsFound(t *testing.T) {
 		if err := s.Down(false); err != nil {
 			t.Fatal(err)
 		}
-		down(t, a, vol, want)
+		if err := detach(t.Context(), a, want); err != nil { // the first call may go to the driver that ends
+			t.Error(err)
+		}
+		down(t, a, vol)
 	}
 }
 
@@ -529,6 +532,15 @@ var methods = []string{
 	"NodeStageVolume", "NodeUnstageVolume", "NodePublishVolume", "NodeUnpublishVolume", "NodeExpandVolume",
 }
 
+// detach is a Detach, of which an earlier call may come late.
+func detach(ctx context.Context, b backends.Backend, att backends.Attachment) error {
+	err := b.Detach(ctx, att)
+	if errors.Is(err, backends.ErrLate) {
+		err = b.Detach(ctx, att)
+	}
+	return err
+}
+
 // life is a volume's from its making to its end, all of which must succeed.
 func life(ctx context.Context, s *storage, cluster string) error {
 	b := s.node(cluster, "a")
@@ -554,7 +566,7 @@ func life(ctx context.Context, s *storage, cluster string) error {
 			return err
 		}
 	}
-	if err := b.Detach(ctx, att); err != nil {
+	if err := detach(ctx, b, att); err != nil {
 		return err
 	}
 	return b.Delete(ctx, vol.Ref)
@@ -743,17 +755,14 @@ func TestNotAdopted(t *testing.T) {
 	if step != "published at the controller" {
 		t.Fatalf("killed after %q", step)
 	}
-	place := filepath.Join(s.dirs["a"], "csi", strings.ReplaceAll(vol.ID, "-", "")+".1")
-	for _, path := range []string{"record", "stage", ""} {
-		if err := os.Remove(filepath.Join(place, path)); err != nil {
-			t.Fatal(err)
-		}
-	}
+	forgetPlace(t, s, vol, 1)
 	s.Calls()
-	s.Inject(unheardOnce())
-	_, err := s.node(cluster, "a").Attach(t.Context(), backends.AttachRequest{Ref: vol.Ref, Volume: vol.ID, Token: 2})
+	s.Inject(unheardOnce("ControllerUnpublishVolume"))
+	a = s.node(cluster, "a")
+	_, err := a.Attach(t.Context(), backends.AttachRequest{Ref: vol.Ref, Volume: vol.ID, Token: 2})
 	wantText(t, err, backends.ErrUnavailable, "attach volume: "+unheard)
-	att := attach(t, s.node(cluster, "a"), vol, 2)
+	wantText(t, err, backends.ErrLate, "")
+	att := attach(t, a, vol, 2)
 	if calls := s.Calls(); calls["ControllerUnpublishVolume"] != 3 {
 		t.Errorf("got %v", calls)
 	}

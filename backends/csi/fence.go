@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/google/uuid"
 	"google.golang.org/grpc/codes"
 
 	"github.com/flocker-plugin/flocker/backends"
@@ -49,38 +50,57 @@ func (b *Backend) claim(ctx context.Context, f *facts, r reference, req backends
 	}
 }
 
-var errDeleting = errors.New("it is just being deleted")
+var (
+	errDeleting = errors.New("it is just being deleted")
+	errOlder    = sentence(backends.ErrUnavailable, "it is published to this host under an older token")
+)
 
 func (b *Backend) tryClaim(ctx context.Context, f *facts, r reference, req backends.AttachRequest, me *holder) (e *entry, err error) {
-	missing, claimed := false, false
-	err = b.update(ctx, r.Volume, func(is *entry) (*entry, error) {
-		claimed = false
+	var older *holder // this node, under a token that nothing is left of here: not to be adopted
+	missing, claimed, mark := false, false, ""
+	told, _ := b.told.Load(r.Volume)
+	claim := func(is *entry) (*entry, error) {
+		claimed, mark = false, ""
 		if e, missing = is, is == nil; missing {
 			return is, nil
 		}
 		cut, ok := is.Fenced[b.self.Node]
-		switch {
+		switch held := is.Holder; {
 		case is.Deleting:
 			return is, errDeleting
 		case !b.cfg.Fences:
-			return is, nil
 		case ok && req.Token <= cut.Token: // also while it is being cut off, and still the holder
 			return is, sentence(backends.ErrInUse, "volume %s was taken from this host, which is cut off from it up to token %d", r.Volume, cut.Token)
-		case is.Holder != nil && *is.Holder == *me:
-			return is, nil
-		case is.Holder != nil && is.Holder.Node != b.self.Node:
-			return is, &backends.AttachedError{Volume: r.Volume, Node: is.Holder.Node, Token: is.Holder.Token}
-		case is.Holder != nil:
-			// Published under an older token, of which nothing is left here: not to be adopted.
-			if err := b.unpublish(ctx, f, r, is.Holder.Identity); err != nil {
-				return is, err
-			}
+		case held != nil && held.Node != b.self.Node:
+			return is, &backends.AttachedError{Volume: r.Volume, Node: held.Node, Token: held.Token}
+		case held != nil && *held != *me && (older == nil || *held != *older):
+			older = held
+			return is, errOlder
+		default:
+			claimed = held == nil || *held != *me
 		}
-		next := *is
-		next.Holder, claimed = me, true
-		e = &next
+		if mark = is.Late[b.self.Node]; mark != "" && mark != told {
+			return is, heard(true, nil)
+		}
+		if !claimed && mark == "" {
+			return is, nil
+		}
+		e = is.marked(b.self.Node, "")
+		if claimed {
+			e.Holder = me
+		}
 		return e, nil
-	})
+	}
+	err = b.update(ctx, r.Volume, claim)
+	if errors.Is(err, errOlder) {
+		err = b.unasked(ctx, r.Volume, func() (bool, error) { return b.unpublish(ctx, f, r, older.Identity) })
+		if err == nil {
+			err = b.update(ctx, r.Volume, claim)
+		}
+	}
+	if errors.Is(err, backends.ErrLate) && mark != "" {
+		b.told.Store(r.Volume, mark)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -202,10 +222,11 @@ func (b *Backend) cut(ctx context.Context, f *facts, r reference, from holder) (
 	}
 	b.step("noted")
 	var is state
+	late := false // which hits nobody, as long as the node is cut off
 	for pause := newPause(); ; {
 		for _, name := range names {
-			// What is late hits nobody: the node is cut off.
-			if err := b.unpublish(ctx, f, r, name); err != nil && !errors.Is(err, errUnheard) {
+			unheard, err := b.unpublish(ctx, f, r, name)
+			if late = late || unheard; err != nil {
 				return "", unseen(err)
 			}
 		}
@@ -223,11 +244,17 @@ func (b *Backend) cut(ctx context.Context, f *facts, r reference, from holder) (
 	}
 	b.step("seen")
 	err = b.update(ctx, r.Volume, func(e *entry) (*entry, error) {
-		if e == nil || e.Holder == nil || e.Holder.Node != from.Node || e.Holder.Token > from.Token {
+		holds := e != nil && e.Holder != nil && e.Holder.Node == from.Node && e.Holder.Token <= from.Token
+		if e == nil || !holds && !late {
 			return e, nil
 		}
 		next := *e
-		next.Holder = nil
+		if holds {
+			next.Holder = nil
+		}
+		if late {
+			return next.marked(from.Node, uuid.NewString()), nil
+		}
 		return &next, nil
 	})
 	published := "no host"

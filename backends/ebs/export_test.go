@@ -1,6 +1,8 @@
 package ebs
 
 import (
+	"reflect"
+	"slices"
 	"time"
 
 	"github.com/flocker-plugin/flocker/backends/attach/disk"
@@ -49,4 +51,13 @@ func (c Config) Kind(profile string, options map[string]string, gib int64) (Prof
 		return p, err
 	}
 	return p.fit(gib)
+}
+
+// Calls are the names of what is called of EC2, sorted.
+func Calls() (names []string) {
+	for f := range reflect.TypeFor[calls]().Fields() {
+		names = append(names, f.Name)
+	}
+	slices.Sort(names)
+	return names
 }

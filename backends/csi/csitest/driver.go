@@ -95,6 +95,9 @@ type Fault struct {
 	// Late: the caller is told DEADLINE_EXCEEDED, and the call, under way meanwhile, is
 	// done this much later.
 	Late time.Duration
+	// Queued: the caller is told DEADLINE_EXCEEDED, and the storage does it when this is
+	// closed, whatever else it has done meanwhile.
+	Queued <-chan struct{}
 	// Half: the connection ends in the middle of the answer.
 	Half bool
 }
@@ -201,6 +204,9 @@ func (d *Driver) Ignore(method string, ignore bool) {
 	defer d.mu.Unlock()
 	d.ignored[method] = ignore
 }
+
+// Settle waits for all calls that come late.
+func (d *Driver) Settle() { d.late.Wait() }
 
 // Calls returns how often each method was called, and forgets it.
 func (d *Driver) Calls() map[string]int {
@@ -379,6 +385,13 @@ func (d *Driver) intercept(ctx context.Context, n *node, req any, full string, h
 		case <-time.After(time.Millisecond): // refused: another call is under way
 		}
 		return nil, status.Errorf(codes.DeadlineExceeded, "%s takes long, by wish of the test", method)
+	}
+	if fault.Queued != nil {
+		d.late.Go(func() {
+			<-fault.Queued
+			_, _ = handler(context.WithoutCancel(ctx), req)
+		})
+		return nil, status.Errorf(codes.DeadlineExceeded, "%s is left to the storage, by wish of the test", method)
 	}
 	// A driver does not notice that its caller has gone.
 	started := time.Now()
