@@ -101,15 +101,22 @@ func Claimed(path string) error {
 	switch {
 	case errors.Is(err, syscall.EBUSY):
 		return fmt.Errorf("%s is mounted or open: %w", path, backends.ErrInUse)
-	case err != nil && Gone(err):
+	case errors.Is(err, fs.ErrNotExist):
 		return nil
+	case err != nil && Gone(err):
+		// A disk that is offline, too. The kernel looks for mounts and exclusive openers first;
+		// others may have it open still.
 	case err != nil:
 		return fmt.Errorf("open %s: %w", path, err)
-	}
-	if err := f.Close(); err != nil {
-		return fmt.Errorf("close %s: %w", path, err)
+	default:
+		if err := f.Close(); err != nil {
+			return fmt.Errorf("close %s: %w", path, err)
+		}
 	}
 	device, err := number(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
 	if err != nil {
 		return err
 	}

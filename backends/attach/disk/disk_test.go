@@ -2,6 +2,7 @@ package disk_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -10,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/flocker-plugin/flocker/backends"
 	"github.com/flocker-plugin/flocker/backends/attach/disk"
 	"github.com/flocker-plugin/flocker/backends/attach/loop"
 	"github.com/flocker-plugin/flocker/backends/backendtest"
@@ -88,6 +90,33 @@ func TestClaimedBesideACharacterDevice(t *testing.T) {
 	}
 	defer unix.Close(open)
 	if err := disk.Claimed(d.Path); err != nil {
+		t.Error(err)
+	}
+}
+
+// A disk that cannot be opened any more, as one that is offline, is in use while somebody has
+// it open from before.
+func TestClaimedThoughGone(t *testing.T) {
+	backendtest.NeedRoot(t)
+	node := filepath.Join(t.TempDir(), "node")
+	if err := unix.Mknod(node, unix.S_IFBLK|0o600, int(unix.Mkdev(60, 1))); err != nil { // no driver's
+		t.Fatal(err)
+	}
+	if _, err := os.Open(node); !errors.Is(err, unix.ENXIO) {
+		t.Fatalf("open: got %v", err)
+	}
+	open, err := unix.Open(node, unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := fmt.Sprintf("process %d has %s open: in use", os.Getpid(), node)
+	if err := disk.Claimed(node); !errors.Is(err, backends.ErrInUse) || err.Error() != want {
+		t.Errorf("got %v, want %s", err, want)
+	}
+	if err := unix.Close(open); err != nil {
+		t.Fatal(err)
+	}
+	if err := disk.Claimed(node); err != nil {
 		t.Error(err)
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"os"
 	"strings"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
@@ -18,34 +19,33 @@ type FUSE struct {
 // FUSEAt returns what is mounted at a path, without touching it; ok says that
 // something of FUSE is.
 func FUSEAt(path string) (mount FUSE, ok bool, err error) {
-	text, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		return FUSE{}, false, err
-	}
-	for line := range strings.Lines(string(text)) {
-		before, after, found := strings.Cut(line, " - ")
-		fields := strings.Fields(before)
-		if !found || len(fields) < 5 || !strings.HasPrefix(after, "fuse") || unescape(fields[4]) != path {
-			continue
+	_, err = mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
+		if m.Mountpoint == path && strings.HasPrefix(m.FSType, "fuse") {
+			mount, ok = FUSE{Connection: uint32(m.Minor)}, true // the last one is on top
 		}
-		var major, minor uint32
-		if _, err := fmt.Sscanf(fields[2], "%d:%d", &major, &minor); err != nil {
-			return FUSE{}, false, fmt.Errorf("mountinfo: %w", err)
-		}
-		mount, ok = FUSE{Connection: minor}, true // the last one is on top
-	}
-	return mount, ok, nil
-}
-
-// unescape undoes what mountinfo does to spaces and the like.
-func unescape(s string) string {
-	return strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(s)
+		return true, false
+	})
+	return mount, ok, err
 }
 
 // Abort makes every request of the connection fail, those too that wait for an answer,
 // whatever the program does. What waited in the kernel, also in the state D, goes on.
 func (m FUSE) Abort() error {
-	// The kernel's files for that need no place to be mounted on.
+	err := m.set("abort", "1")
+	if errors.Is(err, unix.ENOENT) {
+		return nil // it has ended
+	}
+	return err
+}
+
+// OneByOne makes the kernel send the next request for data of a file, of a loop device's for
+// example, when the one before has been answered. The connection must have answered something
+// before, since its program may set this at first.
+func (m FUSE) OneByOne() error { return m.set("max_background", "1") }
+
+// set writes to one of the kernel's files of the connection.
+func (m FUSE) set(name, value string) error {
+	// They need no place to be mounted on.
 	config, err := unix.Fsopen("fusectl", unix.FSOPEN_CLOEXEC)
 	if err != nil {
 		return os.NewSyscallError("fsopen", err)
@@ -59,15 +59,12 @@ func (m FUSE) Abort() error {
 		return os.NewSyscallError("fsmount", err)
 	}
 	defer unix.Close(root)
-	file, err := unix.Openat(root, fmt.Sprintf("%d/abort", m.Connection), unix.O_WRONLY|unix.O_CLOEXEC, 0)
-	if errors.Is(err, unix.ENOENT) {
-		return nil // it has ended
-	}
+	file, err := unix.Openat(root, fmt.Sprintf("%d/%s", m.Connection, name), unix.O_WRONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return os.NewSyscallError("openat", err)
 	}
 	defer unix.Close(file)
-	_, err = unix.Write(file, []byte("1"))
+	_, err = unix.Write(file, []byte(value))
 	return os.NewSyscallError("write", err)
 }
 

@@ -285,18 +285,3 @@ func (i Image) Watchers(ctx context.Context) ([]Watcher, error) {
 	}
 	return status.Watchers, nil
 }
-
-func installed(program string) bool {
-	_, err := exec.LookPath(program)
-	return err == nil
-}
-
-// loadModule asks for a kernel module, if what it brings is not there.
-func loadModule(ctx context.Context, module, brings string) {
-	if _, err := os.Stat(brings); err == nil || !installed("modprobe") {
-		return
-	}
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	_ = exec.CommandContext(ctx, "modprobe", module).Run() // it is looked for afterwards
-}

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/backends/attach/qsd"
 )
 
 // blocklisted is for how long a client is put on the blocklist: longer than any host sleeps
@@ -65,7 +66,7 @@ func (i Image) Cut(ctx context.Context, address string) (gone bool, err error) {
 		if time.Since(started) > watchTimeout {
 			return false, fmt.Errorf("client %s is on the blocklist, and watches %s still: %w", address, i.Spec(), backends.ErrUnavailable)
 		}
-		if err := sleep(ctx, 100*time.Millisecond); err != nil {
+		if err := qsd.Sleep(ctx, 100*time.Millisecond); err != nil {
 			return false, err
 		}
 	}
@@ -101,7 +102,7 @@ func Lock(ctx context.Context, dir, name string) (unlock func(), err error) {
 			_ = f.Close()
 			return nil, backends.Classify(backends.ErrUnavailable, &os.PathError{Op: "lock", Path: f.Name(), Err: err})
 		}
-		if err := sleep(ctx, pause); err != nil {
+		if err := qsd.Sleep(ctx, pause); err != nil {
 			_ = f.Close()
 			return nil, fmt.Errorf("another call for the volume is under way on this host: %w", err)
 		}

@@ -23,5 +23,4 @@ var (
 	Unescape   = unescape
 	Speaks     = speaks
 	AskAsok    = askClient
-	QMP        = qmp
 )

@@ -16,6 +16,7 @@ import (
 
 	"github.com/flocker-plugin/flocker/backends"
 	"github.com/flocker-plugin/flocker/backends/attach/loop"
+	"github.com/flocker-plugin/flocker/backends/attach/qsd"
 )
 
 // sysfs is where the kernel's driver shows its devices; a test has its own.
@@ -167,7 +168,7 @@ func (a *Attacher) unmapKernel(ctx context.Context, d Device) (clean bool, err e
 	mapping := func(words []string) bool {
 		return filepath.Base(words[0]) == "rbd" && slices.Contains(words, "map") && slices.Contains(words, spec)
 	}
-	if d.Path == "" && len(running(mapping)) > 0 {
+	if d.Path == "" && len(qsd.Running(mapping)) > 0 {
 		return false, fmt.Errorf("`rbd device map` of %s is still running, for a process of Flocker that is not: %w", spec, backends.ErrUnavailable)
 	}
 	if err := os.Remove(a.begunFileOf(d.Label)); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -198,7 +199,7 @@ func (a *Attacher) removeKernel(ctx context.Context, d Device) (clean bool, err 
 				}
 				return false, err
 			}
-			if err := sleep(ctx, 20*time.Millisecond); err != nil {
+			if err := qsd.Sleep(ctx, 20*time.Millisecond); err != nil {
 				return false, err
 			}
 		}
@@ -281,12 +282,12 @@ func startNBD(ctx context.Context, image Image, conf string) (path string, err e
 // unmapNBD ends rbd-nbd, once nobody has its device open: it would go anyway.
 func (a *Attacher) unmapNBD(ctx context.Context, d Device) (clean bool, err error) {
 	// The program itself has it open all the time.
-	closed, err := holdClosed(ctx, d.Path, processes(d.dir))
+	closed, err := holdClosed(ctx, d.Path, qsd.Processes(d.dir))
 	if err != nil {
 		return false, err
 	}
 	defer closed()
-	return endProgram(ctx, d.dir)
+	return qsd.End(ctx, d.dir)
 }
 
 // holdClosed opens a device exclusively, so that nobody can use it until the returned
@@ -297,7 +298,7 @@ func holdClosed(ctx context.Context, path string, program []int) (release func()
 	for started := time.Now(); ; {
 		if held == nil {
 			var f *os.File
-			err = loop.Bounded(ctx, hang, path, func() (err error) {
+			err = loop.Bounded(ctx, qsd.Hang, path, func() (err error) {
 				// Exclusively: fails while it is mounted, in whatever mount namespace.
 				f, err = os.OpenFile(path, os.O_RDWR|syscall.O_EXCL, 0)
 				return err
@@ -312,10 +313,10 @@ func holdClosed(ctx context.Context, path string, program []int) (release func()
 			}
 		}
 		if held != nil && !openElsewhere(path, program) {
-			_ = loop.Bounded(ctx, hang, path, held.Sync) // it fails if the client was cut off
+			_ = loop.Bounded(ctx, qsd.Hang, path, held.Sync) // it fails if the client was cut off
 			return func() { _ = held.Close() }, nil
 		}
-		err = sleep(ctx, 20*time.Millisecond)
+		err = qsd.Sleep(ctx, 20*time.Millisecond)
 		if err == nil && time.Since(started) > settle {
 			err = fmt.Errorf("%s is open or mounted: %w", path, backends.ErrInUse)
 		}

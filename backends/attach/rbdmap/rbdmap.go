@@ -21,7 +21,6 @@
 package rbdmap
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -33,6 +32,7 @@ import (
 
 	"github.com/flocker-plugin/flocker/backends"
 	"github.com/flocker-plugin/flocker/backends/attach/loop"
+	"github.com/flocker-plugin/flocker/backends/attach/qsd"
 )
 
 // Image names an image, and the cluster that has it.
@@ -204,7 +204,7 @@ func (a *Attacher) mappings() ([]Device, error) {
 			all[i].begun, seen[d.dir] = err == nil, true
 		}
 	}
-	dirs, err := filepath.Glob(a.cfg.Dir + "/m-*")
+	dirs, err := qsd.Dirs(a.cfg.Dir)
 	if err != nil {
 		return nil, backends.Classify(backends.ErrUnavailable, err)
 	}
@@ -246,11 +246,11 @@ func (a *Attacher) unmap(ctx context.Context, d Device) (clean bool, err error) 
 	case d.Method == KRBD:
 		return a.unmapKernel(ctx, d)
 	case d.Path == "":
-		return endProgram(ctx, d.dir)
+		return qsd.End(ctx, d.dir)
 	case d.Method == NBD:
 		return a.unmapNBD(ctx, d)
 	}
-	return a.unmapFUSE(ctx, d)
+	return d.disk().Detach(ctx, d.Path)
 }
 
 // Served says whether the program of the device with a label still runs; if it does not,
@@ -260,7 +260,7 @@ func (a *Attacher) Served(label string) (bool, error) {
 	if err != nil || !ok || d.begun {
 		return false, err
 	}
-	return d.Method == KRBD || len(processes(d.dir)) > 0, nil
+	return d.Method == KRBD || len(qsd.Processes(d.dir)) > 0, nil
 }
 
 // Grow makes the device with a label as large as its image has become.
@@ -270,10 +270,10 @@ func (a *Attacher) Grow(ctx context.Context, label string, size int64) error {
 		return err
 	}
 	if d.Method == FUSE {
-		return a.growFUSE(ctx, d, size)
+		return d.disk().Grow(ctx, d.Path, size)
 	}
 	// The kernel's drivers see it by themselves, as watchers of the image.
-	return waitFor(ctx, 15*time.Second, fmt.Sprintf("%s has not got its new size", d.Path), func() (bool, error) {
+	return qsd.Wait(ctx, 15*time.Second, fmt.Sprintf("%s has not got its new size", d.Path), func() (bool, error) {
 		now, err := loop.Device{Path: d.Path}.Size()
 		return err == nil && now >= size, err
 	})
@@ -308,38 +308,11 @@ func (a *Attacher) isOf(d Device, image Image) bool {
 	return err == nil && time.Since(info.ModTime()) > time.Minute // else it is being made for another image
 }
 
-// waitFor looks again and again until something is so, and says what is not after a time.
-func waitFor(ctx context.Context, limit time.Duration, what string, look func() (bool, error)) error {
-	for started, pause := time.Now(), 2*time.Millisecond; ; pause = min(pause*3/2, 250*time.Millisecond) {
-		done, err := look()
-		if done || err != nil {
-			return err
-		}
-		if time.Since(started) > limit {
-			return fmt.Errorf("%s within %s: %w", what, limit, backends.ErrUnavailable)
-		}
-		if err := sleep(ctx, pause); err != nil {
-			return fmt.Errorf("%s: %w", what, err)
-		}
-	}
-}
-
-func sleep(ctx context.Context, wait time.Duration) error {
-	timer := time.NewTimer(wait)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return backends.Classify(backends.ErrUnavailable, cmp.Or(context.Cause(ctx), ctx.Err()))
-	}
-}
-
 // lacking says what this host lacks for a way; empty if nothing.
 func lacking(ctx context.Context, method string) string {
 	var lacks []string
 	program := func(name, source string) {
-		if !installed(name) {
+		if !qsd.Installed(name) {
 			lacks = append(lacks, fmt.Sprintf("the program %s (%s)", name, source))
 		}
 	}
@@ -351,18 +324,14 @@ func lacking(ctx context.Context, method string) string {
 	program("rbd", "package ceph-common")
 	switch method {
 	case KRBD:
-		loadModule(ctx, "rbd", "/sys/bus/rbd")
+		qsd.LoadModule(ctx, "rbd", "/sys/bus/rbd")
 		path("/sys/bus/rbd", "the kernel module rbd")
 	case NBD:
-		loadModule(ctx, "nbd", "/sys/block/nbd0")
+		qsd.LoadModule(ctx, "nbd", "/sys/block/nbd0")
 		path("/sys/block/nbd0", "the kernel module nbd")
 		program("rbd-nbd", "package rbd-nbd")
 	case FUSE:
-		loadModule(ctx, "fuse", "/dev/fuse")
-		loadModule(ctx, "loop", "/dev/loop-control")
-		path("/dev/fuse", "/dev/fuse")
-		path("/dev/loop-control", "/dev/loop-control")
-		program("qemu-storage-daemon", "packages qemu-system-common and qemu-block-extra")
+		lacks = append(lacks, qsd.Lacks(ctx)...)
 	}
 	return strings.Join(lacks, ", ")
 }

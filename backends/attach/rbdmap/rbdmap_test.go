@@ -3,7 +3,6 @@ package rbdmap_test
 import (
 	"bufio"
 	"encoding/binary"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -281,35 +280,5 @@ func TestAdminSocket(t *testing.T) {
 	got, err := rbdmap.AskAsok(t.Context(), socket, map[string]any{"prefix": "version"})
 	if want := `you said {"prefix":"version"}`; err != nil || got != want {
 		t.Errorf("got %q, %v; want %q", got, err, want)
-	}
-}
-
-func TestQMP(t *testing.T) {
-	for reply, want := range map[string]string{
-		`{"event": "STOP"} {"return": {}}`:                                "",
-		`{"error": {"class": "GenericError", "desc": "it is read-only"}}`: "qemu-storage-daemon: it is read-only",
-	} {
-		said := make(chan string, 2)
-		socket := serve(t, func(conn net.Conn) {
-			_, _ = io.WriteString(conn, `{"QMP": {"version": {}}}`)
-			in := json.NewDecoder(conn)
-			for _, answer := range []string{`{"return": {}}`, reply} {
-				var request struct {
-					Execute string `json:"execute"`
-				}
-				if in.Decode(&request) != nil {
-					return
-				}
-				said <- request.Execute
-				_, _ = io.WriteString(conn, answer)
-			}
-		})
-		err := rbdmap.QMP(t.Context(), socket, "block_resize", map[string]any{"size": 1})
-		if (err == nil) != (want == "") || (err != nil && !strings.Contains(err.Error(), want)) {
-			t.Errorf("%s: got %v, want %q", reply, err, want)
-		}
-		if first, second := <-said, <-said; first != "qmp_capabilities" || second != "block_resize" {
-			t.Errorf("it was asked %q and %q", first, second)
-		}
 	}
 }

@@ -90,6 +90,9 @@ func Sweep() {
 		if err == nil && err2 == nil && pid > 0 && len(line) > 0 {
 			continue
 		}
+		if info, err := os.Stat(dir); err == nil && pid <= 0 && time.Since(info.ModTime()) < time.Minute {
+			continue // it is just being started, and its owner is not written yet
+		}
 		Clean(dir)
 	}
 }

@@ -1,0 +1,4 @@
+package iscsi
+
+// Closing has a test of its own.
+var Closing = closing

@@ -1,0 +1,4 @@
+package qsd
+
+// QMP has a test of its own.
+var QMP = qmp
