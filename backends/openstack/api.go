@@ -1,6 +1,7 @@
 package openstack
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -172,8 +173,8 @@ func (b *cinder) once(ctx context.Context, r request) error {
 	}
 	if _, again := errors.AsType[*gophercloud.ErrUnableToReauthenticate](err); again {
 		b.forget(c)
-		return &loginFailed{fmt.Errorf("%s says that the login has expired, and Keystone does not renew it: check the credentials; "+
-			"the files are read again: %w", r.to, backends.ErrUnavailable)}
+		return &loginFailed{fmt.Errorf("%s says that the login has expired, and %s does not renew it: check the credentials; "+
+			"the files are read again: %w", r.to, b.cfg.keystone(), backends.ErrUnavailable)}
 	}
 	code, ok := errors.AsType[gophercloud.ErrUnexpectedResponseCode](err)
 	if !ok {
@@ -194,7 +195,7 @@ func bare(err error) error {
 }
 
 // said is what a service's answer says, in one line.
-func said(code gophercloud.ErrUnexpectedResponseCode) string {
+func said(code gophercloud.ErrUnexpectedResponseCode, secrets ...string) string {
 	text := ""
 	var body map[string]json.RawMessage
 	if json.Unmarshal(code.Body, &body) == nil {
@@ -205,6 +206,11 @@ func said(code gophercloud.ErrUnexpectedResponseCode) string {
 			if json.Unmarshal(kind, &fault) == nil && fault.Message != "" {
 				text = fault.Message
 			}
+		}
+	}
+	for _, secret := range secrets {
+		if secret != "" {
+			text = strings.ReplaceAll(text, secret, "***")
 		}
 	}
 	text = strings.Join(strings.Fields(text), " ")
@@ -270,6 +276,8 @@ type volume struct {
 	keys       []tokenKey
 	clients    []client
 	cuts       []tokenKey
+
+	attachments json.RawMessage // of version 1, see on
 }
 
 // client is a client of the storage below Cinder, by which that is told to cut it off.
@@ -333,11 +341,15 @@ type volumeJSON struct {
 	Status   string            `json:"status"`
 	Multi    bool              `json:"multiattach"`
 	Metadata map[string]string `json:"metadata"`
+
+	NameV1      string          `json:"display_name"`
+	Attachments json.RawMessage `json:"attachments"`
 }
 
 func (j volumeJSON) volume() *volume {
-	v := &volume{id: j.ID, status: j.Status, maker: j.Metadata[keyMaker], multi: j.Multi, ready: j.Metadata[keyReady] != "", tokens: map[string]holder{}}
-	v.Volume = backends.Volume{Ref: j.ID, ID: j.Metadata[keyDataset], Cluster: j.Metadata[keyCluster], Name: j.Name, Size: j.Size * gib}
+	v := &volume{id: j.ID, status: strings.ToLower(j.Status), maker: j.Metadata[keyMaker], multi: j.Multi, ready: j.Metadata[keyReady] != "", tokens: map[string]holder{}}
+	v.Volume = backends.Volume{Ref: j.ID, ID: j.Metadata[keyDataset], Cluster: j.Metadata[keyCluster], Name: cmp.Or(j.Name, j.NameV1), Size: j.Size * gib}
+	v.attachments = j.Attachments
 	for key, value := range j.Metadata {
 		t := tokenKey{key: key}
 		var number string
@@ -393,6 +405,8 @@ type attachment struct {
 	Status   string         `json:"status"`
 	Instance string         `json:"instance"`
 	Info     map[string]any `json:"connection_info"`
+
+	hidden bool // it is not said whose it is: see v1.go
 }
 
 // look returns a volume; nil if Cinder says that there is none.
@@ -431,6 +445,9 @@ func (b *cinder) find(ctx context.Context, ref string) (*volume, error) {
 // attached returns what attachments a volume has, of any kind and in any state. Cinder
 // shows those under way only here.
 func (b *cinder) attached(ctx context.Context, id string) ([]attachment, error) {
+	if b.cfg.rackspace() {
+		return b.attachedV1(ctx, id)
+	}
 	var got struct {
 		Attachments []attachment `json:"attachments"`
 	}
@@ -448,6 +465,9 @@ func (b *cinder) attached(ctx context.Context, id string) ([]attachment, error) 
 
 // list returns all volumes that have this in their metadata, or an error.
 func (b *cinder) list(ctx context.Context, key, value string) ([]*volume, error) {
+	if b.cfg.rackspace() {
+		return b.listV1(ctx, key, value)
+	}
 	for range 5 {
 		all, err := b.pages(ctx, key, value)
 		if !is(err, http.StatusNotFound) {

@@ -29,7 +29,12 @@ const callTimeout = 15 * time.Second
 const volumeVersion = "3.44"
 
 // keystone is what logs in are made at.
-const keystone = "Keystone"
+func (c Config) keystone() string {
+	if c.rackspace() {
+		return "Rackspace's identity service"
+	}
+	return "Keystone"
+}
 
 // conn is OpenStack after logging in.
 type conn struct {
@@ -69,6 +74,9 @@ func (b *cinder) forget(c *conn) {
 }
 
 func (b *cinder) login(ctx context.Context) (*conn, error) {
+	if b.cfg.rackspace() {
+		return b.cfg.loginRackspace(ctx)
+	}
 	auth, endpoints, tlsConfig, err := b.cfg.credentials()
 	if err != nil {
 		return nil, backends.Classify(backends.ErrUnavailable, err)
@@ -90,11 +98,11 @@ func (b *cinder) login(ctx context.Context) (*conn, error) {
 	provider.HTTPClient = client
 	auth.AllowReauth = true
 	if err := openstack.Authenticate(ctx, provider, auth); err != nil {
-		return nil, loginError(ctx, auth.IdentityEndpoint, err)
+		return nil, b.cfg.loginError(ctx, auth.IdentityEndpoint, err, auth.Password, auth.ApplicationCredentialSecret, auth.Passcode, auth.TokenID)
 	}
 	c := &conn{}
 	missing := func(what string, err error) (*conn, error) {
-		return nil, fmt.Errorf("%s's catalog has no %s with interface %s in region %q; check region and interface (%w): %w", keystone,
+		return nil, fmt.Errorf("%s's catalog has no %s with interface %s in region %q; check region and interface (%w): %w", b.cfg.keystone(),
 			what, cmp.Or(string(endpoints.Availability), "public"), endpoints.Region, err, backends.ErrUnavailable)
 	}
 	if c.volume, err = openstack.NewBlockStorageV3(provider, endpoints); err != nil {
@@ -115,21 +123,26 @@ type loginFailed struct{ error }
 
 func (e *loginFailed) Unwrap() error { return e.error }
 
-// loginError says what Keystone's answer means. It never has a secret in it.
-func loginError(ctx context.Context, url string, err error) error {
+// loginError says what Keystone's answer means, without the secrets that were sent: who
+// checks a request may repeat it.
+func (c Config) loginError(ctx context.Context, url string, err error, secrets ...string) error {
 	if ctx.Err() != nil {
-		return backends.Classify(backends.ErrUnavailable, fmt.Errorf("%s at %s has not answered in time: %w", keystone, url, context.Cause(ctx)))
+		return backends.Classify(backends.ErrUnavailable, fmt.Errorf("%s at %s has not answered in time: %w", c.keystone(), url, context.Cause(ctx)))
+	}
+	check := "check the user, its domain, the project and the file with the secret"
+	if c.rackspace() {
+		check = "check username and the file with the key"
 	}
 	code, ok := errors.AsType[gophercloud.ErrUnexpectedResponseCode](err)
 	switch {
 	case !ok:
-		err = fmt.Errorf("%s at %s does not answer: %w", keystone, url, err)
+		err = fmt.Errorf("%s at %s does not answer: %w", c.keystone(), url, err)
 	case code.Actual == http.StatusUnauthorized:
-		err = fmt.Errorf("%s at %s refuses the credentials (%s): check the user, its domain, the project and the file with the secret", keystone, url, said(code))
+		err = fmt.Errorf("%s at %s refuses the credentials (%s): %s", c.keystone(), url, said(code, secrets...), check)
 	case code.Actual == http.StatusNotFound:
-		err = fmt.Errorf("%s at %s says %s: check auth_url", keystone, url, said(code))
+		err = fmt.Errorf("%s at %s says %s: check auth_url", c.keystone(), url, said(code, secrets...))
 	default:
-		err = fmt.Errorf("%s at %s says %s", keystone, url, said(code))
+		err = fmt.Errorf("%s at %s says %s", c.keystone(), url, said(code, secrets...))
 	}
 	return backends.Classify(backends.ErrUnavailable, err)
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"os"
 	"runtime"
@@ -35,6 +36,18 @@ type storage interface {
 	served(b block) (bool, error)
 	// disconnect removes a device. clean says that nothing sent through it can arrive later.
 	disconnect(ctx context.Context, b block, pace pace) (clean bool, err error)
+}
+
+// settler is a storage through which something may still arrive of a device that has gone.
+type settler interface {
+	// settle returns when that cannot happen any more; nil if there is nothing of the
+	// connection on this host.
+	settle(ctx context.Context, to connection) error
+}
+
+// connector is a storage of which Cinder has to know who this host is.
+type connector interface {
+	connector() map[string]any
 }
 
 // cutter is a storage that can cut a client off. It returns when that is seen.
@@ -197,7 +210,7 @@ func (c *connecting) present(ctx context.Context, v *volume, atts []attachment) 
 		case !served: // its program has died
 			_, err := c.b.storage.disconnect(ctx, d, c.b.pace)
 			return false, false, err
-		case !slices.ContainsFunc(atts, func(a attachment) bool { return a.ID == d.attachment }) || len(v.of(d.attachment)) == 0:
+		case !slices.ContainsFunc(atts, func(a attachment) bool { return a.ID == d.attachment }), c.b.fences() && len(v.of(d.attachment)) == 0:
 			return false, false, fmt.Errorf("this host was cut off from volume %s, and has still its device %s: %w", v.id, d.path, backends.ErrInUse)
 		}
 	}
@@ -234,7 +247,7 @@ func (c *connecting) judge(ctx context.Context, v *volume, a attachment, here bo
 		return false, v.attachedError(a.ID)
 	case h.token != c.req.Token:
 		// Of this host before it was started anew, or of a call that was cut short.
-		return false, c.b.release(ctx, v.id, a.ID)
+		return false, c.b.giveUp(ctx, v, a.ID)
 	}
 	c.changed = true
 	return c.connect(ctx, v, a)
@@ -296,7 +309,7 @@ func (c *connecting) connect(ctx context.Context, v *volume, a attachment) (done
 	if text(got.Attachment.Info, "driver_volume_type") == "" { // it says other things before
 		err := c.b.send(ctx, request{
 			to: volumes, method: http.MethodPut, path: "attachments/" + a.ID, into: &got,
-			body: map[string]any{"attachment": map[string]any{"connector": thisHost()}},
+			body: map[string]any{"attachment": map[string]any{"connector": c.b.thisHost()}},
 		})
 		if err != nil {
 			return false, again(err)
@@ -413,12 +426,16 @@ func again(err error) error {
 }
 
 // thisHost is what Cinder is told of this host.
-func thisHost() map[string]any {
+func (b *Connector) thisHost() map[string]any {
 	name, _ := os.Hostname()
-	return map[string]any{
+	host := map[string]any{
 		"host": name, "os_type": "linux", "platform": runtime.GOARCH, "multipath": false, "do_local_attach": false,
 		"mode": "rw", "mountpoint": "/dev/flocker",
 	}
+	if s, ok := b.storage.(connector); ok {
+		maps.Copy(host, s.connector())
+	}
+	return host
 }
 
 // late says that something which somebody ought to complete is seen for too long. asked is
@@ -551,6 +568,24 @@ func (b *Connector) finish(ctx context.Context, v *volume, att backends.Attachme
 	}
 	if id == "" {
 		return nil
+	}
+	return b.giveUp(ctx, v, id)
+}
+
+// giveUp releases an attachment of this node that has no device, when nothing of it can arrive
+// any more.
+func (b *Connector) giveUp(ctx context.Context, v *volume, id string) error {
+	if s, ok := b.storage.(settler); ok {
+		var got struct {
+			Attachment attachment `json:"attachment"`
+		}
+		err := b.get(ctx, volumes, "attachments/"+id, &got)
+		if err == nil {
+			err = s.settle(ctx, connection{volume: v.id, attachment: id, info: got.Attachment.Info})
+		}
+		if err != nil && !is(err, http.StatusNotFound) {
+			return err
+		}
 	}
 	return b.release(ctx, v.id, id)
 }

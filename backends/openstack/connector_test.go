@@ -161,6 +161,16 @@ func attached(t *testing.T, c *bare) (a, b backends.Backend, vol backends.Volume
 	return a, b, vol, att
 }
 
+// wantNothingNoted demands that a volume's metadata has no attachment.
+func wantNothingNoted(t *testing.T, c *bare, vol backends.Volume) {
+	t.Helper()
+	for key := range c.Metadata(vol.Ref) {
+		if strings.HasPrefix(key, "flocker_attachment") {
+			t.Errorf("%s is left", key)
+		}
+	}
+}
+
 func TestConnectorUnanswered(t *testing.T) {
 	t.Parallel()
 	backendtest.NeedRoot(t)
@@ -305,11 +315,7 @@ func TestConnectorLeftReserved(t *testing.T) {
 	if err := b.Detach(t.Context(), att); err != nil {
 		t.Error(err)
 	}
-	for key := range c.Metadata(vol.Ref) {
-		if strings.HasPrefix(key, "flocker_attachment") {
-			t.Errorf("%s is left", key)
-		}
-	}
+	wantNothingNoted(t, c, vol)
 }
 
 // A host that cannot say in time that an attachment is its own gives it back by itself, before
@@ -334,11 +340,7 @@ func TestConnectorNoteIsSlow(t *testing.T) {
 	if err := a.Detach(t.Context(), att); err != nil {
 		t.Error(err)
 	}
-	for key := range c.Metadata(vol.Ref) {
-		if strings.HasPrefix(key, "flocker_attachment") {
-			t.Errorf("%s is left", key)
-		}
-	}
+	wantNothingNoted(t, c, vol)
 }
 
 // A host notes in time that an attachment is its own, and another that was held up for longer

@@ -104,6 +104,9 @@ func (c *creating) step(ctx context.Context) (done bool, err error) {
 	marking, cancel := context.WithDeadline(ctx, c.fresh.Add(c.b.pace.orphan*3/4)) // no mark comes late
 	defer cancel()
 	err = c.b.note(marking, first.id, keyReady, c.b.self.Node)
+	if is(err, http.StatusNotFound) && c.b.cfg.rackspace() {
+		return false, c.b.fixed(ctx, first.id)
+	}
 	if is(err, http.StatusNotFound) || unanswered(err) && ctx.Err() == nil {
 		return false, nil // the list says what has come of it
 	}
@@ -112,8 +115,12 @@ func (c *creating) step(ctx context.Context) (done bool, err error) {
 
 // post asks Cinder for a volume.
 func (c *creating) post(ctx context.Context) error {
+	name := "name"
+	if c.b.cfg.rackspace() {
+		name = "display_name"
+	}
 	volume := map[string]any{
-		"name": c.req.Name, "size": c.size,
+		name: c.req.Name, "size": c.size,
 		"metadata": map[string]string{keyCluster: c.req.Cluster, keyDataset: c.req.ID, keyMaker: c.b.maker},
 	}
 	if c.kind.VolumeType != "" {
@@ -215,6 +222,8 @@ func (b *cinder) delete(ctx context.Context, ref string) error {
 			return false, err
 		}
 		switch {
+		case len(atts) > 0 && atts[0].hidden:
+			return false, nil
 		case len(atts) > 0:
 			return false, v.attachedError(atts[0].of(v))
 		case tries >= 3 && refused != nil:

@@ -2,6 +2,7 @@ package openstack
 
 import (
 	"context"
+	"net"
 	"time"
 
 	"github.com/flocker-plugin/flocker/backends"
@@ -19,9 +20,22 @@ func Fast(b backends.Backend) {
 	switch b := b.(type) {
 	case *Nova:
 		b.pace = quick
+	case *Rackspace:
+		Novas(b).pace = quick
 	case *Connector:
 		b.pace = quick
 	}
+}
+
+// FirstLook is how long a backend waits in earnest before it looks again for the first time.
+func FirstLook() time.Duration { return jitter(usual.first) }
+
+// Novas is what of a backend is Nova's.
+func Novas(b backends.Backend) *Nova {
+	if r, ok := b.(*Rackspace); ok {
+		b = r.Backend
+	}
+	return b.(*Nova)
 }
 
 // Grace is how long a server has to let go of a volume.
@@ -35,6 +49,19 @@ func (b *Nova) Kernel(sysfs string, claimed func(path string) error) {
 	b.kernel = kernel{disk.Kernel{Sysfs: sysfs, Dev: "/dev", Claimed: claimed}}
 	b.kernel.Node = func(path string) (string, error) { return b.kernel.Attr(path[len("/dev/"):], "dev") }
 }
+
+// Addresses makes a backend have another host's addresses.
+func (b *Nova) Addresses(ips ...string) {
+	b.addresses = func() (all []net.IP, err error) {
+		for _, ip := range ips {
+			all = append(all, net.ParseIP(ip))
+		}
+		return all, nil
+	}
+}
+
+// PlaceNamed and PlaceNumbered say where a disk of Xen is.
+var PlaceNamed, PlaceNumbered = placeNamed, placeNumbered
 
 // SetNode makes the number of every device node one of another device.
 func (b *Nova) SetNode(number string) {

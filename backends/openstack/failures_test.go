@@ -160,24 +160,35 @@ func TestSettings(t *testing.T) {
 		t.Error(err)
 	}
 	for text, change := range map[string]func(*openstack.Config){
-		"attach is \"scsi\"; use nova or connector":      func(c *openstack.Config) { c.Attach = "scsi" },
-		"set one of cloud, username":                     func(c *openstack.Config) { c.Username = "" },
-		"set one of cloud, username,":                    func(c *openstack.Config) { c.Cloud = "x" },
-		"clouds_file without cloud":                      func(c *openstack.Config) { c.CloudsFile = "/x" },
-		"username needs password_file and user_domain":   func(c *openstack.Config) { c.UserDomain = "" },
-		"username needs project_id, or project_name":     func(c *openstack.Config) { c.ProjectID = "" },
-		"application_credential_secret_file":             func(c *openstack.Config) { c.Username, c.ApplicationCredentialID = "", "x" },
-		"auth_url \"keystone:5000\" is no URL":           func(c *openstack.Config) { c.AuthURL = "keystone:5000" },
-		"cinder_url needs a URL like":                    func(c *openstack.Config) { c.Username, c.CinderURL = "", "cinder" },
-		"needs attach: connector":                        func(c *openstack.Config) { c.Username, c.CinderURL = "", "http://c:8776/v3" },
-		"interface is \"any\"; use public":               func(c *openstack.Config) { c.Interface = "any" },
-		"server_id \"web-1\" is no UUID":                 func(c *openstack.Config) { c.ServerID = "web-1" },
-		"late_calls must not be negative":                func(c *openstack.Config) { c.LateCalls = -1 },
-		"attach: connector needs one of shares":          func(c *openstack.Config) { c.Attach = "connector" },
-		"shares and ceph_user are for attach: connector": func(c *openstack.Config) { c.Shares = map[string]string{"a:/b": "/c"} },
-		"ceph_attach and run_dir need ceph_user":         func(c *openstack.Config) { c.CephAttach = "fuse" },
-		"ceph_user needs ceph_conf or ceph_monitors":     func(c *openstack.Config) { c.Attach, c.CephUser = "connector", "flocker" },
-		"without \"client.\"":                            func(c *openstack.Config) { c.Attach, c.CephUser, c.CephConf = "connector", "client.x", "/c" },
+		"attach is \"scsi\"; use nova or connector":             func(c *openstack.Config) { c.Attach = "scsi" },
+		"set one of cloud, username":                            func(c *openstack.Config) { c.Username = "" },
+		"set one of cloud, username,":                           func(c *openstack.Config) { c.Cloud = "x" },
+		"clouds_file without cloud":                             func(c *openstack.Config) { c.CloudsFile = "/x" },
+		"username needs password_file and user_domain":          func(c *openstack.Config) { c.UserDomain = "" },
+		"username needs project_id, or project_name":            func(c *openstack.Config) { c.ProjectID = "" },
+		"application_credential_secret_file":                    func(c *openstack.Config) { c.Username, c.ApplicationCredentialID = "", "x" },
+		"auth_url \"keystone:5000\" is no URL":                  func(c *openstack.Config) { c.AuthURL = "keystone:5000" },
+		"cinder_url needs a URL like":                           func(c *openstack.Config) { c.Username, c.CinderURL = "", "cinder" },
+		"needs attach: connector":                               func(c *openstack.Config) { c.Username, c.CinderURL = "", "http://c:8776/v3" },
+		"interface is \"any\"; use public":                      func(c *openstack.Config) { c.Interface = "any" },
+		"server_id \"web-1\" is no UUID":                        func(c *openstack.Config) { c.ServerID = "web-1" },
+		"late_calls must not be negative":                       func(c *openstack.Config) { c.LateCalls = -1 },
+		"attach: connector needs one of shares":                 func(c *openstack.Config) { c.Attach = "connector" },
+		"shares, ceph_user and iscsi are for attach: connector": func(c *openstack.Config) { c.Shares = map[string]string{"a:/b": "/c"} },
+		"ceph_monitors and ceph_attach need ceph_user":          func(c *openstack.Config) { c.CephAttach = "fuse" },
+		"iscsi_initiator and iscsi_attach need iscsi: true": func(c *openstack.Config) {
+			c.Attach, c.CephUser, c.ISCSIInitiator = "connector", "x", "iqn.2026-11.x:a"
+		},
+		"run_dir needs ceph_user or iscsi": func(c *openstack.Config) { c.RunDir = "/run/x" },
+		"one of shares, which say where the NFS shares of Cinder are mounted here, ceph_user and iscsi: true": func(c *openstack.Config) {
+			c.Attach, c.CephUser, c.ISCSI = "connector", "x", true
+		},
+		"iscsi_attach: \"nbd\" is no way to attach an iSCSI unit": func(c *openstack.Config) {
+			c.Attach, c.ISCSI, c.ISCSIInitiator, c.ISCSIAttach = "connector", true, "iqn.2026-11.x:a", "nbd"
+		},
+		"\"host1\" is no name of an iSCSI initiator": func(c *openstack.Config) { c.Attach, c.ISCSI, c.ISCSIInitiator = "connector", true, "host1" },
+		"ceph_user needs ceph_conf or ceph_monitors": func(c *openstack.Config) { c.Attach, c.CephUser = "connector", "flocker" },
+		"without \"client.\"":                        func(c *openstack.Config) { c.Attach, c.CephUser, c.CephConf = "connector", "client.x", "/c" },
 		"ceph_keyring_file \"k\" must be an absolute path": func(c *openstack.Config) {
 			c.Attach, c.CephUser, c.CephConf, c.CephKeyringFile = "connector", "x", "/c", "k"
 		},

@@ -52,6 +52,9 @@ func (b *Nova) fence(ctx context.Context, req backends.FenceRequest) (string, er
 // on says that Cinder has a volume attached to a server.
 func (b *Nova) on(ctx context.Context, id, server string) (bool, error) {
 	atts, err := b.attached(ctx, id)
+	if err == nil && len(atts) == 1 && atts[0].hidden {
+		err = hiddenError(id, atts[0])
+	}
 	return slices.ContainsFunc(atts, func(a attachment) bool { return a.Instance == server }), err
 }
 
@@ -169,6 +172,9 @@ func (b *Nova) outOfReach(ctx context.Context, id, server string, err error) (st
 	down, ok := errors.AsType[*hostDown](err)
 	if !ok {
 		return "", err
+	}
+	if b.cfg.rackspace() {
+		return "", fmt.Errorf("%w; ask Rackspace's support to make sure that the server does not run, and delete it then", down)
 	}
 	if !b.cfg.AllowAdminFence {
 		return "", fmt.Errorf("%w; make sure that this host is off, then have an administrator evacuate or delete the server; "+

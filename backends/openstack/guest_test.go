@@ -33,7 +33,9 @@ type cloud struct {
 	holds  map[string]bool   // servers that let go of nothing
 	hidden map[string]bool   // servers whose kernel shows nothing
 	serial map[string]string // what another disk says it is
-	bus    string            // vd, sd or nvme
+	bus    string            // vd, sd, nvme or xvd
+	places map[string]string // what Nova calls a volume, by server and volume
+	xen    xenGuest
 }
 
 type disk struct {
@@ -57,6 +59,7 @@ func newCloud(t backendtest.T, cfg openstacktest.Config) *cloud {
 	c := &cloud{
 		dir: t.TempDir(), servers: map[string]string{}, disks: map[string]*disk{}, plugs: map[string]*plug{},
 		holds: map[string]bool{}, hidden: map[string]bool{}, serial: map[string]string{}, bus: "vd",
+		places: map[string]string{},
 	}
 	c.secret = filepath.Join(c.dir, "secret")
 	if err := os.WriteFile(c.secret, []byte(openstacktest.Secret+"\n"), 0o600); err != nil {
@@ -99,11 +102,16 @@ func (c *cloud) password(user string) openstack.Config {
 func (c *cloud) node(cluster, node string) backends.Backend { return c.backend(cluster, node) }
 
 func (c *cloud) backend(cluster, node string) *openstack.Nova {
+	return c.with(cluster, node, c.cfg).(*openstack.Nova)
+}
+
+// with is a node with other settings.
+func (c *cloud) with(cluster, node string, change func(*openstack.Config)) backends.Backend {
 	server := c.server(node)
 	cfg := c.password(openstacktest.User)
 	cfg.ServerID = server
-	if c.cfg != nil {
-		c.cfg(&cfg)
+	if change != nil {
+		change(&cfg)
 	}
 	b, err := openstack.New(cfg, openstack.Self{Node: node, Cluster: cluster})
 	if err != nil {
@@ -114,9 +122,8 @@ func (c *cloud) backend(cluster, node string) *openstack.Nova {
 	if err := os.MkdirAll(filepath.Join(sysfs, "block"), 0o755); err != nil {
 		panic(err)
 	}
-	nova := b.(*openstack.Nova)
-	nova.Kernel(sysfs, func(path string) error { return c.claimed(server, path) })
-	return nova
+	openstack.Novas(b).Kernel(sysfs, func(path string) error { return c.claimed(server, path) })
+	return b
 }
 
 // Stored implements openstacktest.Guest.
@@ -159,8 +166,10 @@ func (c *cloud) Plug(server, volume string, gib int) {
 		name, file, serial = "sd"+name[2:], "device/vpd_pg80", "\x00\x80\x00\x24"+volume
 	case "nvme":
 		name, file = fmt.Sprintf("nvme%dn1", c.count), "device/serial"
+	case "xvd":
+		name, file, serial = c.xen.disk(c.places[server+volume])
 	}
-	p := &plug{disk: c.disks[volume], c: c, name: name}
+	p := &plug{disk: c.disks[volume], c: c, name: name, open: c.xen.open}
 	c.plugs[server+volume] = p
 	if c.hidden[server] {
 		return
@@ -171,7 +180,7 @@ func (c *cloud) Plug(server, volume string, gib int) {
 	made := filepath.Join(c.dir, server, p.name) // appears at once, with all it has
 	must(os.MkdirAll(filepath.Join(made, "device"), 0o755))
 	for name, text := range map[string]string{
-		"dev": fmt.Sprintf("252:%d\n", c.count), file: serial + "\n", "size": fmt.Sprintf("%d\n", p.size/512),
+		"dev": fmt.Sprintf("252:%d\n", c.count), file: serial + "\n", "size": fmt.Sprintf("%d\n", p.size/512+c.xen.more),
 	} {
 		must(os.WriteFile(filepath.Join(made, name), []byte(text), 0o644))
 	}

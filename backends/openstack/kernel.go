@@ -25,10 +25,13 @@ type device struct {
 	serial string
 	// life tells this device from an earlier one of the same name.
 	life string
+	// xen is a disk of Xen, which has a place instead of a serial number: see xen.go.
+	xen   bool
+	place int
 }
 
 // of says that the device is a volume's.
-func (d device) of(id string) bool { return strings.HasPrefix(id, d.serial) }
+func (d device) of(id string) bool { return !d.xen && strings.HasPrefix(id, d.serial) }
 
 var (
 	// Not nvme0c0n1, a path to a disk with multipath, which has no node in /dev.
@@ -93,6 +96,12 @@ func (k kernel) path(d device) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	if d.xen {
+		if life, err := k.Life(d.name); err != nil || life != d.life {
+			return "", fmt.Errorf("%s is another disk by now", path)
+		}
+		return path, nil
+	}
 	if serial, err := k.serial(d.name); err != nil || serial != d.serial {
 		return "", fmt.Errorf("%s is not %s any more", path, d.serial)
 	}
@@ -121,4 +130,10 @@ func glanced(ctx context.Context, claimed func(path string) error, path string) 
 			return err
 		}
 	}
+}
+
+// hasXen says that this host has disks of Xen.
+func (k kernel) hasXen() bool {
+	found, _ := filepath.Glob(filepath.Join(k.Sysfs, "block", "xvd*"))
+	return len(found) > 0
 }

@@ -3,6 +3,7 @@ package openstack
 import (
 	"context"
 	"fmt"
+	"net"
 	"net/http"
 	"slices"
 	"strings"
@@ -17,7 +18,12 @@ type Nova struct {
 	kernel kernel
 	guest  guest
 
-	server string // guarded by cinder.mu
+	addresses func() ([]net.IP, error) // this host's
+
+	// Guarded by cinder.mu:
+
+	server string
+	lives  map[string]string // of Xen's disks that are known to be volumes, by volume
 }
 
 var (
@@ -74,6 +80,11 @@ func (b *Nova) attach(ctx context.Context, req backends.AttachRequest) (backends
 	if req.Token < 0 {
 		return none, fmt.Errorf("token %d is negative: %w", req.Token, backends.ErrInvalid)
 	}
+	if b.cfg.XenDisks {
+		if err := b.isHere(ctx, server); err != nil {
+			return none, err
+		}
+	}
 	// Asked twice at once, Nova may attach a volume twice to one server, and Cinder then
 	// has it attaching for ever.
 	unlock, err := b.locks.lock(ctx, req.Ref)
@@ -99,6 +110,11 @@ type attaching struct {
 
 	refused error // what Nova said to the last try
 	tries   int
+
+	// Of Xen: the disks that were there before, what Nova calls the volume's, and its size.
+	before []device
+	named  string
+	size   int64
 }
 
 func (a *attaching) end() {
@@ -121,6 +137,9 @@ func (a *attaching) step(ctx context.Context) (done bool, err error) {
 		return false, err
 	}
 	for _, att := range atts {
+		if att.hidden {
+			return false, nil
+		}
 		if att.Instance != a.server {
 			return false, v.attachedError(att.of(v))
 		}
@@ -131,6 +150,7 @@ func (a *attaching) step(ctx context.Context) (done bool, err error) {
 		case !ok || h.token != a.req.Token:
 			return false, v.attachedError(a.server)
 		case v.status == "in-use" && att.Status == "attached":
+			a.size = v.Size
 			return true, nil
 		}
 	}
@@ -167,6 +187,9 @@ func (a *attaching) send(ctx context.Context, v *volume) error {
 			return err
 		}
 		a.noted = true
+	}
+	if err := a.foresee(); err != nil {
+		return err
 	}
 	a.changed = true
 	a.tries++
@@ -219,7 +242,7 @@ func (b *Nova) noteToken(ctx context.Context, v *volume, server string, token in
 func (a *attaching) device(ctx context.Context) (backends.Attachment, error) {
 	for started := time.Now(); ; {
 		late := time.Since(started) > a.b.pace.device
-		d, ok, err := a.b.disk(a.req.Ref)
+		d, ok, why, err := a.shown(ctx)
 		if err != nil {
 			return backends.Attachment{}, err
 		}
@@ -237,8 +260,7 @@ func (a *attaching) device(ctx context.Context) (backends.Attachment, error) {
 		}
 		if late {
 			return backends.Attachment{}, fmt.Errorf("%s says that volume %s is attached to this server, %s, but within %s the kernel has shown no disk "+
-				"that says it is this one; look at `lsblk -o NAME,SERIAL`, whether server_id is right, and at the kernel's log: %w", compute,
-				a.req.Ref, a.server, a.b.pace.device, backends.ErrUnavailable)
+				"that says it is this one; %s: %w", compute, a.req.Ref, a.server, a.b.pace.device, why, backends.ErrUnavailable)
 		}
 		if err := sleep(ctx, a.b.pace.first/5); err != nil {
 			return backends.Attachment{}, fmt.Errorf("the device of %s has not appeared yet: %w", a.req.Ref, err)
@@ -246,18 +268,48 @@ func (a *attaching) device(ctx context.Context) (backends.Attachment, error) {
 	}
 }
 
-// disk returns the device that a volume has here, if it has one.
-func (b *Nova) disk(id string) (device, bool, error) {
+// devices returns the disks of this host that may be volumes.
+func (b *Nova) devices() ([]device, error) {
 	devices, err := b.kernel.devices()
+	if err != nil || !b.cfg.XenDisks {
+		return devices, err
+	}
+	xen, err := b.kernel.xenDisks()
+	return append(devices, xen...), err
+}
+
+// disk returns the device that a volume has here, if it is known to have one.
+func (b *Nova) disk(id string) (device, bool, error) {
+	devices, err := b.devices()
 	if err != nil {
 		return device{}, false, err
 	}
-	for _, d := range devices {
-		if d.of(id) {
-			return d, true, nil
-		}
+	xen := b.xenLife(id)
+	i := slices.IndexFunc(devices, func(d device) bool { return d.of(id) || d.life == xen })
+	if i < 0 {
+		return device{}, false, nil
 	}
-	return device{}, false, nil
+	return devices[i], true, nil
+}
+
+// shown returns the disk that says it is the volume, or is proven to be. why says what
+// has kept one from that.
+func (a *attaching) shown(ctx context.Context) (d device, ok bool, why string, err error) {
+	devices, err := a.b.kernel.devices()
+	if err != nil {
+		return d, false, "", err
+	}
+	if i := slices.IndexFunc(devices, func(d device) bool { return d.of(a.req.Ref) }); i >= 0 {
+		return devices[i], true, "", nil
+	}
+	if a.b.cfg.XenDisks {
+		return a.xen(ctx)
+	}
+	why = "look at `lsblk -o NAME,SERIAL`, whether server_id is right, and at the kernel's log"
+	if a.b.kernel.hasXen() {
+		why = "this server runs on Xen, whose disks do not say which volume they are, and xen_disks is not set"
+	}
+	return d, false, why, nil
 }
 
 // Attachments implements backends.Backend. It shows the disks of the kernel. OpenStack,
@@ -275,7 +327,7 @@ func (b *Nova) attachments(ctx context.Context) ([]backends.Attachment, error) {
 	if ctx.Err() != nil {
 		return nil, backends.Classify(backends.ErrUnavailable, context.Cause(ctx))
 	}
-	devices, err := b.kernel.devices()
+	devices, err := b.devices()
 	if err != nil {
 		return nil, err
 	}
@@ -295,10 +347,13 @@ func (b *Nova) askAll(ctx context.Context, devices []device, lives map[string]kn
 	if err != nil {
 		return nil, false, err
 	}
+	if slices.ContainsFunc(devices, func(d device) bool { return d.xen }) {
+		if err := b.isHere(ctx, server); err != nil {
+			return nil, false, err
+		}
+	}
 	var got struct {
-		Attachments []struct {
-			Volume string `json:"volumeId"`
-		} `json:"volumeAttachments"`
+		Attachments []novaAttachment `json:"volumeAttachments"`
 	}
 	if err := b.get(ctx, compute, "servers/"+server+"/os-volume_attachments", &got); err != nil {
 		if is(err, http.StatusNotFound) {
@@ -306,8 +361,10 @@ func (b *Nova) askAll(ctx context.Context, devices []device, lives map[string]kn
 		}
 		return nil, false, err
 	}
+	named := map[int]bool{} // the devices
 	for _, on := range got.Attachments {
-		i := slices.IndexFunc(devices, func(d device) bool { return d.of(on.Volume) })
+		i := slices.IndexFunc(devices, on.is)
+		named[i] = true
 		if i >= 0 {
 			if _, ok := lives[devices[i].life]; ok {
 				continue
@@ -322,6 +379,22 @@ func (b *Nova) askAll(ctx context.Context, devices []device, lives map[string]kn
 				lives[devices[i].life] = known{}
 			}
 			continue
+		}
+		if i >= 0 && devices[i].xen {
+			d, ok, err := b.xenOf(devices, on.Device, v)
+			if err != nil {
+				return nil, false, err
+			}
+			if ok = ok && v.status == "in-use"; ok {
+				if ok, err = b.xenKnown(v.id, d); err != nil {
+					return nil, false, err
+				}
+			}
+			if ok {
+				b.xenVolume(v.id, d)
+			} else {
+				i = -1 // the volume is not there yet, or any more; or the disk is another's
+			}
 		}
 		h := v.tokens[server]
 		att := backends.Attachment{Ref: v.Ref, Volume: v.ID, Node: b.self.Node, Token: h.token}
@@ -346,6 +419,11 @@ func (b *Nova) askAll(ctx context.Context, devices []device, lives map[string]kn
 			return nil, false, err
 		}
 		lives[devices[i].life] = known{true, att}
+	}
+	for i, d := range devices { // the disks that the server was made with
+		if _, ok := lives[d.life]; d.xen && !named[i] && !ok {
+			lives[d.life] = known{}
+		}
 	}
 	return bare, pending, nil
 }
@@ -386,6 +464,9 @@ func (b *Nova) detach(ctx context.Context, att backends.Attachment) error {
 		}
 		here := false
 		for _, a := range atts {
+			if a.hidden {
+				return hiddenError(v.id, a)
+			}
 			h, ok := v.tokens[a.Instance]
 			if !ok && a.Instance == self {
 				h.node = b.self.Node
@@ -405,6 +486,11 @@ func (b *Nova) detach(ctx context.Context, att backends.Attachment) error {
 	if att.Node != b.self.Node && server == "" {
 		return nil
 	}
+	if server != "" && b.cfg.XenDisks {
+		if err := b.xenHere(ctx, server, v); err != nil {
+			return err
+		}
+	}
 	// Asked for while it is in use, the device would be pulled from its user.
 	if err := b.unclaimed(ctx, att.Ref); err != nil {
 		return err
@@ -415,13 +501,17 @@ func (b *Nova) detach(ctx context.Context, att backends.Attachment) error {
 			return err
 		}
 	}
-	return b.until(ctx, b.pace.device, "the kernel still has the device of "+att.Ref, func() (bool, error) {
+	err = b.until(ctx, b.pace.device, "the kernel still has the device of "+att.Ref, func() (bool, error) {
 		_, ok, err := b.disk(att.Ref)
 		if err == nil && ok {
 			err = b.unclaimed(ctx, att.Ref)
 		}
 		return err == nil && !ok, err
 	})
+	if err == nil && b.cfg.XenDisks {
+		_ = b.unnoteXen(att.Ref) // the next attach does, too
+	}
+	return err
 }
 
 // unclaimed is ErrInUse if somebody has the volume's device open.
@@ -496,7 +586,8 @@ func (b *Nova) pull(ctx context.Context, id, server string, limit time.Duration)
 			return err
 		}
 		on := slices.IndexFunc(atts, func(a attachment) bool { return a.Instance == server })
-		if on < 0 {
+		hidden := len(atts) == 1 && atts[0].hidden
+		if on < 0 && !hidden {
 			err := b.get(ctx, compute, path, nil)
 			if is(err, http.StatusNotFound) {
 				return nil
@@ -536,7 +627,7 @@ func (b *Nova) pull(ctx context.Context, id, server string, limit time.Duration)
 		if asked.IsZero() {
 			asked = time.Now()
 		}
-		if err := sleep(ctx, wait); err != nil {
+		if err := sleep(ctx, jitter(wait)); err != nil {
 			return fmt.Errorf("%w: %w", &stuck{id, server, v.status}, err)
 		}
 	}

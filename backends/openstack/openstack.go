@@ -37,10 +37,13 @@ type Config struct {
 	// clients look, or CloudsFile.
 	Cloud      string `yaml:"cloud"`
 	CloudsFile string `yaml:"clouds_file"`
+	// Auth is keystone, the default, or rackspace: see rackspace.go.
+	Auth string `yaml:"auth"`
 	// Without Cloud: Keystone's URL, and a user with a password or an application
-	// credential.
+	// credential; or with a key of Rackspace's.
 	AuthURL                         string `yaml:"auth_url"`
 	Username                        string `yaml:"username"`
+	APIKeyFile                      string `yaml:"api_key_file"`
 	UserDomain                      string `yaml:"user_domain"`
 	PasswordFile                    string `yaml:"password_file"`
 	ProjectName                     string `yaml:"project_name"`
@@ -69,6 +72,8 @@ type Config struct {
 
 	// ServerID is the UUID of this host in Nova; found out without it.
 	ServerID string `yaml:"server_id"`
+	// XenDisks lets a disk of Xen be taken for the volume that Nova names it after: see xen.go.
+	XenDisks bool `yaml:"xen_disks"`
 	// KeepServers makes Fence fail rather than stop a server that does not let go of a
 	// volume.
 	KeepServers bool `yaml:"keep_servers"`
@@ -91,7 +96,13 @@ type Config struct {
 	CephMonitors    []string `yaml:"ceph_monitors"`
 	// CephAttach is krbd, rbd-nbd or fuse; empty is the first that this host can do.
 	CephAttach string `yaml:"ceph_attach"`
-	// RunDir is for sockets and the like of what is attached. It must survive the plugin,
+	// ISCSI says that Cinder's volumes are units of iSCSI targets, for attach: connector.
+	ISCSI bool `yaml:"iscsi"`
+	// ISCSIInitiator is the name of this host as an initiator; empty is that of open-iscsi.
+	ISCSIInitiator string `yaml:"iscsi_initiator"`
+	// ISCSIAttach is kernel or fuse; empty is the first of them that this host can do.
+	ISCSIAttach string `yaml:"iscsi_attach"`
+	// RunDir is for sockets, notes and the like of what is attached. It must survive the plugin,
 	// and not the host; empty is /run/flocker/cinder.
 	RunDir string `yaml:"run_dir"`
 }
@@ -160,12 +171,23 @@ func New(cfg Config, self Self) (backends.Backend, error) {
 		}
 		return b, nil
 	}
+	if cfg.ISCSI {
+		b, err := newISCSI(c)
+		if err != nil {
+			return nil, fmt.Errorf("openstack: %w", err)
+		}
+		return b, nil
+	}
 	if cfg.Attach == "connector" {
 		return &Connector{cinder: c, storage: loops{shares: cfg.Shares}}, nil
 	}
-	return &Nova{
-		cinder: c, kernel: kernel{disk.Here()}, guest: thisGuest,
-	}, nil
+	nova := &Nova{
+		cinder: c, kernel: kernel{disk.Here()}, guest: thisGuest, addresses: addresses,
+	}
+	if cfg.rackspace() {
+		return &Rackspace{nova, nova, nova}, nil
+	}
+	return nova, nil
 }
 
 func (c Config) check(self Self) error {
@@ -175,12 +197,30 @@ func (c Config) check(self Self) error {
 			ways++
 		}
 	}
+	storages := 0
+	for _, set := range []bool{len(c.Shares) > 0, c.CephUser != "", c.ISCSI} {
+		if set {
+			storages++
+		}
+	}
 	wrong := fmt.Errorf
 	switch {
 	case self.Node == "" || self.Cluster == "":
 		return wrong("the node and the cluster must be named")
 	case c.Attach != "" && c.Attach != "nova" && c.Attach != "connector":
 		return wrong("attach is %q; use nova or connector", c.Attach)
+	case c.Auth != "" && c.Auth != "keystone" && !c.rackspace():
+		return wrong("auth is %q; use keystone or rackspace", c.Auth)
+	case c.Interface != "" && !slices.Contains([]string{"public", "internal", "admin"}, c.Interface):
+		return wrong("interface is %q; use public, internal or admin", c.Interface)
+	case c.ServerID != "" && !uuidForm.MatchString(c.ServerID):
+		return wrong("server_id %q is no UUID; write it as Nova does, or leave it out", c.ServerID)
+	case c.LateCalls < 0:
+		return wrong("late_calls must not be negative")
+	case c.rackspace():
+		return c.checkRackspace()
+	case c.APIKeyFile != "" || c.XenDisks:
+		return wrong("api_key_file and xen_disks are for auth: rackspace")
 	case ways != 1:
 		return wrong("set one of cloud, username, application_credential_id and cinder_url, which say how to log in")
 	case c.CloudsFile != "" && c.Cloud == "":
@@ -197,20 +237,18 @@ func (c Config) check(self Self) error {
 		return wrong("cinder_url needs a URL like http://cinder.example:8776/v3, and project_id")
 	case c.CinderURL != "" && c.Attach != "connector":
 		return wrong("cinder_url is for a Cinder without Keystone and Nova, and needs attach: connector")
-	case c.Interface != "" && !slices.Contains([]string{"public", "internal", "admin"}, c.Interface):
-		return wrong("interface is %q; use public, internal or admin", c.Interface)
-	case c.ServerID != "" && !uuidForm.MatchString(c.ServerID):
-		return wrong("server_id %q is no UUID; write it as Nova does, or leave it out", c.ServerID)
-	case c.LateCalls < 0:
-		return wrong("late_calls must not be negative")
 	case c.Attach == "connector" && (c.ServerID != "" || c.KeepServers || c.AllowAdminFence || c.GrowAttached):
 		return wrong("server_id, keep_servers, allow_admin_fence and grow_attached are for attach: nova")
-	case c.Attach == "connector" && (len(c.Shares) == 0) == (c.CephUser == ""):
-		return wrong("attach: connector needs one of shares, which say where the NFS shares of Cinder are mounted here, and ceph_user")
-	case c.Attach != "connector" && (len(c.Shares) > 0 || c.CephUser != ""):
-		return wrong("shares and ceph_user are for attach: connector")
-	case c.CephUser == "" && (c.CephKeyringFile != "" || c.CephConf != "" || len(c.CephMonitors) > 0 || c.CephAttach != "" || c.RunDir != ""):
-		return wrong("ceph_keyring_file, ceph_conf, ceph_monitors, ceph_attach and run_dir need ceph_user")
+	case c.Attach == "connector" && storages != 1:
+		return wrong("attach: connector needs one of shares, which say where the NFS shares of Cinder are mounted here, ceph_user and iscsi: true")
+	case c.Attach != "connector" && storages > 0:
+		return wrong("shares, ceph_user and iscsi are for attach: connector")
+	case c.CephUser == "" && (c.CephKeyringFile != "" || c.CephConf != "" || len(c.CephMonitors) > 0 || c.CephAttach != ""):
+		return wrong("ceph_keyring_file, ceph_conf, ceph_monitors and ceph_attach need ceph_user")
+	case !c.ISCSI && (c.ISCSIInitiator != "" || c.ISCSIAttach != ""):
+		return wrong("iscsi_initiator and iscsi_attach need iscsi: true")
+	case !c.ISCSI && c.CephUser == "" && c.RunDir != "":
+		return wrong("run_dir needs ceph_user or iscsi")
 	case c.CephUser != "" && c.CephConf == "" && len(c.CephMonitors) == 0:
 		return wrong("ceph_user needs ceph_conf or ceph_monitors: the path of a ceph.conf, or the monitors' addresses")
 	case strings.HasPrefix(c.CephUser, "client."):
@@ -237,8 +275,12 @@ func isURL(s string) bool {
 const gib = int64(1) << 30
 
 func (b *cinder) properties(class backends.Class) backends.Properties {
+	least := gib
+	if b.cfg.rackspace() {
+		least = leastV1
+	}
 	return backends.Properties{
-		Name: cmp.Or(b.self.Name, "openstack"), Type: "openstack", Class: class, ExclusiveAttach: true, AllocationUnit: gib, MinSize: gib,
+		Name: cmp.Or(b.self.Name, "openstack"), Type: "openstack", Class: class, ExclusiveAttach: true, AllocationUnit: gib, MinSize: least,
 		Options: backends.Options[options](), Profiles: slices.Sorted(maps.Keys(b.cfg.Profiles)),
 	}
 }
@@ -271,11 +313,14 @@ func (b *cinder) until(ctx context.Context, limit time.Duration, what string, lo
 		if time.Now().Add(wait).After(deadline) {
 			return fmt.Errorf("%s: not within %s: %w", what, limit, backends.ErrUnavailable)
 		}
-		if err := sleep(ctx, wait/2+rand.N(wait)); err != nil {
+		if err := sleep(ctx, jitter(wait)); err != nil {
 			return fmt.Errorf("%s: %w", what, err)
 		}
 	}
 }
+
+// jitter is a time from half of wait to all of it.
+func jitter(wait time.Duration) time.Duration { return wait/2 + rand.N(wait/2) }
 
 func sleep(ctx context.Context, wait time.Duration) error {
 	timer := time.NewTimer(wait)

@@ -14,6 +14,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/flocker-plugin/flocker/backends/openstack/openstacktest"
 )
 
 // stack is OpenStack itself, from Debian's packages: processes of this machine, on
@@ -22,6 +24,7 @@ type stack struct {
 	t      *testing.T
 	dir    string
 	rabbit string // URL
+	sql    int    // port
 	cinder string // URL, without the project
 }
 
@@ -35,6 +38,7 @@ func newStack(t *testing.T) *stack {
 	if err := os.Chmod(s.dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
+	s.startDatabases()
 	s.startRabbit()
 	return s
 }
@@ -90,6 +94,17 @@ func (s *stack) run(env []string, name string, args ...string) {
 
 func tail(text []byte) []byte { return text[max(0, len(text)-4000):] }
 
+// failures are the first lines of a log that say what failed; Python's traces are long.
+func failures(text []byte) string {
+	var found []string
+	for line := range strings.Lines(string(text)) {
+		if len(found) < 20 && (strings.Contains(line, " ERROR ") && !strings.Contains(line, "  File ") || strings.Contains(line, " CRITICAL ")) {
+			found = append(found, line[:min(len(line), 500)])
+		}
+	}
+	return strings.Join(found, "")
+}
+
 // daemon is a process of the stack's, with its group.
 type daemon struct {
 	pid  int
@@ -142,7 +157,7 @@ func (s *stack) daemon(log string, env []string, name string, args ...string) da
 		stop()
 		if s.t.Failed() {
 			if text, err := os.ReadFile(out.Name()); err == nil {
-				s.t.Logf("%s:\n%s", log, tail(text))
+				s.t.Logf("%s:\n%s\n%s", log, failures(text), tail(text))
 			}
 		}
 	})
@@ -167,6 +182,31 @@ func (s *stack) listens(port int) func() bool {
 		}
 		return err == nil
 	}
+}
+
+// startDatabases starts what OpenStack's services keep their books in. SQLite would do for
+// Cinder alone, but for its "database is locked".
+func (s *stack) startDatabases() {
+	s.t.Helper()
+	s.sql = freePort(s.t)
+	s.run(nil, "mariadb-install-db", "--no-defaults", "--user=root", "--datadir="+s.path("mysql"), "--skip-test-db", "--auth-root-authentication-method=normal")
+	s.daemon("mariadb", nil, "mariadbd", "--no-defaults", "--user=root", "--datadir="+s.path("mysql"), "--socket="+s.path("mysql.sock"),
+		"--pid-file="+s.path("mysql.pid"), "--bind-address=127.0.0.1", fmt.Sprintf("--port=%d", s.sql), "--max-connections=400",
+		"--innodb-flush-log-at-trx-commit=0", "--skip-log-bin", "--tmpdir="+s.dir)
+	s.await("MariaDB", 10*time.Minute, s.listens(s.sql))
+	s.query("create user 'os'@'127.0.0.1' identified by 'os'; grant all on *.* to 'os'@'127.0.0.1'; create user 'os'@'localhost' identified by 'os'; grant all on *.* to 'os'@'localhost'")
+}
+
+func (s *stack) query(sql string) {
+	s.t.Helper()
+	s.run(nil, "mariadb", "--no-defaults", "-S", s.path("mysql.sock"), "-e", sql)
+}
+
+// database makes a database, and returns its URL.
+func (s *stack) database(name string) string {
+	s.t.Helper()
+	s.query("create database " + name)
+	return fmt.Sprintf("mysql+pymysql://os:os@127.0.0.1:%d/%s", s.sql, name)
 }
 
 // startRabbit starts what OpenStack's services speak to each other through.
@@ -202,7 +242,14 @@ nfs_sparsed_volumes = true
 `, s.file("shares", "127.0.0.1:"+export+"\n", 0o644), s.mkdir("cinder"))
 }
 
-// startCinder starts Cinder, with a storage of these settings.
+// startCinderAlone starts Cinder with a storage of these settings, without Keystone.
+func (s *stack) startCinderAlone(storage string) {
+	s.t.Helper()
+	s.startCinder(storage, "auth_strategy = noauth_include_project_id\n[database]\nconnection = "+s.database("cinder"))
+	s.awaitCinder("admin:"+openstacktest.Project, openstacktest.Project)
+}
+
+// startCinder starts Cinder, with a storage and further settings.
 func (s *stack) startCinder(storage, settings string) {
 	s.t.Helper()
 	port := freePort(s.t)

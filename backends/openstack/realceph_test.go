@@ -30,14 +30,11 @@ func TestRealCeph(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(ceph.Stop)
-	s.startCinder(fmt.Sprintf(`volume_driver = cinder.volume.drivers.rbd.RBDDriver
+	s.startCinderAlone(fmt.Sprintf(`volume_driver = cinder.volume.drivers.rbd.RBDDriver
 rbd_pool = %s
 rbd_user = flocker
 rbd_ceph_conf = %s
-`, cephtest.Pool, s.file("ceph.conf", readFile(ceph.Conf)+"keyring = "+ceph.Keyring+"\n", 0o644)),
-		"auth_strategy = noauth_include_project_id\n[database]\nconnection = sqlite:///"+s.path("cinder.sqlite"))
-	const token = "admin:" + openstacktest.Project
-	s.awaitCinder(token, openstacktest.Project)
+`, cephtest.Pool, s.file("ceph.conf", readFile(ceph.Conf)+"keyring = "+ceph.Keyring+"\n", 0o644)))
 	node := func(cluster, node string) backends.Backend {
 		b, err := openstack.New(openstack.Config{
 			Attach: "connector", CinderURL: s.cinder, ProjectID: openstacktest.Project,

@@ -332,13 +332,6 @@ send_service_user_token = true
 `, section, f.keystone, f.keystone)
 }
 
-// database makes a database, and returns its URL.
-func (f *full) database(name string) string {
-	f.t.Helper()
-	f.run(nil, "mariadb", "--no-defaults", "-S", f.path("mysql.sock"), "-e", "create database "+name)
-	return fmt.Sprintf("mysql+pymysql://os:os@127.0.0.1:%s/%s", strings.TrimSpace(readFile(f.path("mysql.port"))), name)
-}
-
 func readFile(path string) string {
 	text, err := os.ReadFile(path)
 	must(err)
@@ -347,16 +340,6 @@ func readFile(path string) string {
 
 func (f *full) startKeystone() {
 	f.t.Helper()
-	sql := freePort(f.t)
-	f.file("mysql.port", fmt.Sprint(sql), 0o644)
-	f.run(nil, "mariadb-install-db", "--no-defaults", "--user=root", "--datadir="+f.path("mysql"), "--skip-test-db", "--auth-root-authentication-method=normal")
-	f.daemon("mariadb", nil, "mariadbd", "--no-defaults", "--user=root", "--datadir="+f.path("mysql"), "--socket="+f.path("mysql.sock"),
-		"--pid-file="+f.path("mysql.pid"), "--bind-address=127.0.0.1", fmt.Sprintf("--port=%d", sql), "--max-connections=400",
-		"--innodb-flush-log-at-trx-commit=0", "--skip-log-bin", "--tmpdir="+f.dir)
-	f.await("MariaDB", 10*time.Minute, f.listens(sql))
-	f.run(nil, "mariadb", "--no-defaults", "-S", f.path("mysql.sock"), "-e",
-		"create user 'os'@'127.0.0.1' identified by 'os'; grant all on *.* to 'os'@'127.0.0.1'; create user 'os'@'localhost' identified by 'os'; grant all on *.* to 'os'@'localhost'")
-
 	port := freePort(f.t)
 	f.keystone = fmt.Sprintf("http://127.0.0.1:%d/v3", port)
 	f.mkdir("fernet")

@@ -278,8 +278,12 @@ func (s *Server) attachment(c call) (any, int, *refusal) {
 		if s.cfg.RBD != "" {
 			a.info = map[string]any{"driver_volume_type": "rbd", "name": s.cfg.RBD + "/volume-" + v.id, "access_mode": "rw", "attachment_id": a.id}
 		}
-		if s.info != nil {
+		e, exports := s.guest.(Exporter)
+		switch {
+		case s.info != nil:
 			a.info = s.info
+		case exports && a.status == "reserved":
+			a.info = e.Export(v.id, a.id, want.Connector)
 		}
 		answer := a.json() // it says the status of before
 		a.status, v.status = "attaching", "attaching"
@@ -287,7 +291,7 @@ func (s *Server) attachment(c call) (any, int, *refusal) {
 	case c.Method == http.MethodDelete && a.instance != "":
 		return nil, 0, refuse(http.StatusConflict, "Detach volume from instance %s using the Compute API", a.instance)
 	case c.Method == http.MethodDelete:
-		delete(s.atts, a.id)
+		s.drop(a)
 		v.status = "detaching"
 		s.after(s.cfg.Delay, func() {
 			if v.status == "detaching" {

@@ -20,6 +20,9 @@ func (s *Server) nova(c call) (any, int, *refusal) {
 	switch what := strings.Join(c.path[2:], "/"); {
 	case what == "" && c.Method == http.MethodGet:
 		out := map[string]any{"id": i.id, "status": i.status, "OS-EXT-STS:power_state": i.power, "OS-EXT-STS:task_state": nil}
+		out["addresses"] = map[string]any{"private": []any{
+			map[string]any{"version": 4, "addr": i.address}, map[string]any{"version": 6, "addr": "fe80::1"},
+		}}
 		if i.task != "" {
 			out["OS-EXT-STS:task_state"] = i.task
 		}
@@ -32,7 +35,7 @@ func (s *Server) nova(c call) (any, int, *refusal) {
 	case what == "os-volume_attachments" && c.Method == http.MethodGet:
 		all := []any{}
 		for volume := range i.disks {
-			all = append(all, map[string]string{"id": volume, "volumeId": volume, "serverId": i.id, "device": "/dev/vdb"})
+			all = append(all, map[string]string{"id": volume, "volumeId": volume, "serverId": i.id, "device": s.device(i, volume)})
 		}
 		return map[string]any{"volumeAttachments": all}, http.StatusOK, nil
 	case what == "os-volume_attachments" && c.Method == http.MethodPost:
@@ -40,7 +43,7 @@ func (s *Server) nova(c call) (any, int, *refusal) {
 	case len(c.path) == 4 && c.path[2] == "os-volume_attachments" && !i.disks[c.path[3]]:
 		return nil, 0, refuse(http.StatusNotFound, "volume_id not found: %s", c.path[3])
 	case len(c.path) == 4 && c.Method == http.MethodGet:
-		return map[string]any{"volumeAttachment": map[string]string{"volumeId": c.path[3]}}, http.StatusOK, nil
+		return map[string]any{"volumeAttachment": map[string]string{"volumeId": c.path[3], "device": s.device(i, c.path[3])}}, http.StatusOK, nil
 	case len(c.path) == 4 && c.Method == http.MethodDelete:
 		return s.unplug(i, s.volumes[c.path[3]])
 	}
@@ -107,6 +110,8 @@ func (s *Server) plug(c call, i *server) (any, int, *refusal) {
 		return nil, 0, refuse(http.StatusBadRequest, "Invalid input received: Invalid volume: Volume %s status must be available or downloading to reserve, but the current status is %s. (HTTP 400)", v.id, v.status)
 	}
 	a := &attachment{id: s.id(), volume: v.id, instance: i.id, status: "reserved"}
+	delete(s.names[i.id], v.id) // it may get another name than the last time
+	device := s.device(i, v.id)
 	s.atts[a.id], v.status, i.disks[v.id] = a, "reserved", true
 	s.after(s.cfg.Delay, func() {
 		if s.atts[a.id] == nil || v.status != "reserved" {
@@ -118,12 +123,15 @@ func (s *Server) plug(c call, i *server) (any, int, *refusal) {
 				return
 			}
 			a.status, v.status = "attached", "in-use"
+			if xen, ok := s.guest.(Xen); ok {
+				xen.Place(i.id, v.id, device)
+			}
 			if s.guest != nil && i.power == 1 {
 				s.guest.Plug(i.id, v.id, v.gib)
 			}
 		})
 	})
-	return map[string]any{"volumeAttachment": map[string]string{"volumeId": v.id, "device": "/dev/vdb"}}, http.StatusOK, nil
+	return map[string]any{"volumeAttachment": map[string]string{"volumeId": v.id, "device": device}}, http.StatusOK, nil
 }
 
 // unplug detaches a volume. A server that runs and does not let go keeps it, when Nova

@@ -34,6 +34,8 @@ type Config struct {
 	Disks int
 	// Share is the NFS share that volumes are on.
 	Share string
+	// Rackspace makes it Rackspace's first cloud, see rackspace.go.
+	Rackspace bool
 	// RBD is the pool of Ceph that volumes are in, if they are not on Share.
 	RBD string
 }
@@ -60,6 +62,14 @@ type Guest interface {
 	Holds(server, volume string) bool
 	// Stored says how large a volume is from now on; 0: it is deleted.
 	Stored(volume string, gib int)
+}
+
+// Exporter is a Guest whose storage has to be told which hosts may have a volume, as with
+// iSCSI. It is called with the imitation locked, and must not call it.
+type Exporter interface {
+	// Export lets a host have a volume, and returns how; Unexport takes it away.
+	Export(volume, attachment string, connector map[string]any) (info map[string]any)
+	Unexport(volume, attachment string)
 }
 
 // Fault happens to calls whose method and path contain Call; empty is all of them, but
@@ -94,6 +104,7 @@ type Server struct {
 	down     map[string]bool // compute hosts that do not answer
 	messages map[string]string
 	broken   string // why volumes cannot be made
+	fixed    bool   // no volume's metadata changes
 	info     map[string]any
 	tokens   map[string]string
 	faults   []*Fault
@@ -103,6 +114,8 @@ type Server struct {
 	number   int
 	salt     uint64 // makes this imitation's ids its own
 	closed   chan struct{}
+	noXen    bool
+	names    map[string]map[string]string // of devices, by server and volume
 }
 
 type volume struct {
@@ -124,6 +137,42 @@ type server struct {
 	power                  int
 	locked                 bool
 	disks                  map[string]bool // its block device mappings, by volume
+	address                string
+}
+
+// Xen is a Guest on Xen, which gives a disk the name that Nova has chosen.
+type Xen interface {
+	// Place says so before Plug.
+	Place(server, volume, device string)
+}
+
+// device is what Nova calls the volume on the server: a name that no other has.
+func (s *Server) device(i *server, volume string) string {
+	if s.names[i.id] == nil {
+		s.names[i.id] = map[string]string{}
+	}
+	names := s.names[i.id]
+	if names[volume] != "" {
+		return names[volume]
+	}
+	prefix := "/dev/vd"
+	if s.cfg.Rackspace && !s.noXen {
+		prefix = "/dev/xvd"
+	}
+	for n := 1; ; n++ {
+		letters := string(rune('a' + n%26))
+		if n >= 26 {
+			letters = string(rune('a'+n/26-1)) + letters
+		}
+		taken := false
+		for other, name := range names {
+			taken = taken || name == prefix+letters && i.disks[other]
+		}
+		if !taken {
+			names[volume] = prefix + letters
+			return names[volume]
+		}
+	}
 }
 
 // New starts a server; Close ends it. guest may be nil.
@@ -131,7 +180,7 @@ func New(cfg Config, guest Guest) *Server {
 	s := &Server{
 		cfg: cfg, guest: guest, volumes: map[string]*volume{}, servers: map[string]*server{}, atts: map[string]*attachment{},
 		forced: map[string]bool{}, down: map[string]bool{}, messages: map[string]string{}, tokens: map[string]string{},
-		calls: map[string]int{}, bucket: cfg.Burst, filled: time.Now(), salt: rand.Uint64N(1 << 47), closed: make(chan struct{}),
+		calls: map[string]int{}, bucket: cfg.Burst, filled: time.Now(), salt: rand.Uint64N(1 << 47), closed: make(chan struct{}), names: map[string]map[string]string{},
 	}
 	s.Server = httptest.NewServer(http.HandlerFunc(s.serve))
 	s.Server.Config.SetKeepAlivesEnabled(false) // a test has many clients, and nobody closes them
@@ -160,8 +209,15 @@ func (s *Server) AddServer(host string) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	i := &server{id: s.id(), host: host, status: "ACTIVE", power: 1, disks: map[string]bool{}}
-	s.servers[i.id] = i
+	s.servers[i.id], i.address = i, fmt.Sprintf("10.9.%d.%d", len(s.servers)/250, 1+len(s.servers)%250)
 	return i.id
+}
+
+// Address is that of a server.
+func (s *Server) Address(id string) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.servers[id].address
 }
 
 // SetFaults replaces the faults.
@@ -172,6 +228,13 @@ func (s *Server) SetFaults(faults ...Fault) {
 	for _, f := range faults {
 		s.faults = append(s.faults, &f)
 	}
+}
+
+// Struck says that a fault which happens a number of times has happened as often.
+func (s *Server) Struck() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.ContainsFunc(s.faults, func(f *Fault) bool { return f.Times < 0 })
 }
 
 // Calls returns how often each call was made, as "METHOD path" with ids as *.
@@ -216,7 +279,7 @@ func (s *Server) Reserve(volume string) (id string) {
 // Detach deletes a volume's attachments, as an administrator who knows better.
 func (s *Server) Detach(volume string) {
 	for _, a := range s.attachments(volume) {
-		delete(s.atts, a.id)
+		s.drop(a)
 	}
 	s.volumes[volume].status = "available"
 }
@@ -306,6 +369,14 @@ func (s *Server) attachments(volume string) (atts []*attachment) {
 		}
 	}
 	return atts
+}
+
+// drop removes an attachment.
+func (s *Server) drop(a *attachment) {
+	delete(s.atts, a.id)
+	if e, ok := s.guest.(Exporter); ok {
+		e.Unexport(a.volume, a.id)
+	}
 }
 
 // after does something a while later, with the server locked.
@@ -400,12 +471,16 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	parts := strings.Split(strings.Trim(r.URL.Path, "/"), "/")
-	if parts[0] != "volume" && parts[0] != "compute" {
+	switch known := parts[0] == "volume" || parts[0] == "compute"; {
+	case !known && s.cfg.Rackspace:
+		s.rackspace(w, c, parts)
+		return
+	case !known:
 		s.identity(w, c, parts)
 		return
 	}
 	volumes := parts[0] == "volume"
-	if c.path = parts[2:]; volumes {
+	if c.path = parts[2:]; volumes || s.cfg.Rackspace {
 		if len(parts) < 4 || parts[2] != Project {
 			s.fail(w, refuse(http.StatusBadRequest, "Malformed request url"))
 			return
@@ -420,6 +495,10 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 		name = append(name, part)
 	}
 	what := r.Method + " " + strings.Join(name, "/")
+	if s.cfg.Rackspace && parts[1] != map[bool]string{true: "v1", false: "v2"}[volumes] {
+		s.fail(w, refuse(http.StatusNotFound, "The resource could not be found."))
+		return
+	}
 	s.mu.Lock()
 	s.calls[what]++
 	if r.URL.Query().Get("marker") != "" {
@@ -442,6 +521,10 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	case !s.take():
 		bad = refuse(http.StatusTooManyRequests, "Too many requests")
 		bad.retryAfter = 0
+	case s.cfg.Rackspace && (r.Header.Get("OpenStack-API-Version") != "" || r.Header.Get("X-OpenStack-Nova-API-Version") != ""):
+		bad = refuse(http.StatusBadRequest, "There were no versions yet.")
+	case volumes && s.cfg.Rackspace:
+		answer, status, bad = s.cinderV1(c)
 	case volumes && s.cfg.Old && r.Header.Get("OpenStack-API-Version") != "":
 		bad = refuse(http.StatusNotAcceptable, "Version 3.44 is not supported by the API. Minimum is 3.0 and maximum is 3.27.")
 	case volumes && r.Header.Get("OpenStack-API-Version") != "volume 3.44":
