@@ -232,8 +232,10 @@ func (n *node) unmount(name, id string) {
 	}
 }
 
+// status is what Docker is told, after all that watches have brought so far.
 func (n *node) status(name string) map[string]any {
 	n.c.t.Helper()
+	synctest.Wait()
 	v, err := n.Get(n.c.t.Context(), name)
 	if err != nil {
 		n.c.t.Fatalf("get %s on %s: %v", name, n.name, err)

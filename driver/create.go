@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -26,7 +27,10 @@ type CreateRequest struct {
 	Options map[string]string
 	// Labels are further ones, of any name.
 	Labels map[string]string
-	By     string
+	// New refuses a volume that there is already, though it be the same: of several nodes
+	// that ask at once, one makes it, and the others get an *ownership.TakenError.
+	New bool
+	By  string
 }
 
 // InvalidError says what is wrong with a request.
@@ -58,7 +62,7 @@ func (d *Driver) CreateVolume(ctx context.Context, req CreateRequest) (Volume, e
 	if err := d.awaitRegistration(ctx); err != nil {
 		return Volume{}, d.explain(req.Name, err)
 	}
-	if vol, err = d.create(ctx, vol, req); err != nil {
+	if vol, err = d.create(ownership.By(ctx, req.By), vol, req); err != nil {
 		return Volume{}, err
 	}
 	return d.describe(ownership.View{Volume: vol}, nil, false), nil
@@ -100,9 +104,8 @@ func (d *Driver) create(ctx context.Context, vol ownership.Volume, req CreateReq
 			return stored, d.explain(vol.Name, err)
 		}
 		if !created {
-			if req.ID != "" && stored.ID != req.ID {
-				return stored, &ownership.RefusedError{Text: fmt.Sprintf("the name %s is in use by another volume (id %s): choose another name, or remove that one first",
-					vol.Name, stored.ID)}
+			if req.New || req.ID != "" && stored.ID != req.ID {
+				return stored, &ownership.TakenError{Name: vol.Name, ID: vol.ID, By: stored.ID}
 			}
 			if err := d.sameOptions(stored, vol, req.Options); err != nil {
 				return stored, err
@@ -139,7 +142,7 @@ func (d *Driver) finishCreate(ctx context.Context, vol ownership.Volume) (owners
 		Size: vol.Size, Profile: vol.Profile, Options: vol.Options,
 	})
 	if err != nil {
-		return vol, fmt.Errorf("create volume %s: %w", vol.Name, err)
+		return vol, couldNot("create", vol, err)
 	}
 	ready := vol
 	ready.Ref, ready.Size = made.Ref, made.Size
@@ -152,6 +155,17 @@ func (d *Driver) finishCreate(ctx context.Context, vol ownership.Volume) (owners
 		return vol, d.explain(vol.Name, err)
 	}
 	return ready, nil
+}
+
+// couldNot says what a backend was to do with a volume, as backends do themselves, by the
+// names that they know it by: once is enough.
+func couldNot(what string, vol ownership.Volume, err error) error {
+	what += " volume"
+	text := err.Error()
+	for _, said := range []string{what + " " + vol.Name + ": ", what + " " + vol.ID + ": ", what + ": "} {
+		text = strings.TrimPrefix(text, said)
+	}
+	return backends.Classify(err, fmt.Errorf("%s %s: %s", what, vol.Name, text))
 }
 
 // discard deletes storage that is no volume's, until it is gone.
@@ -224,8 +238,8 @@ func (d *Driver) Remove(ctx context.Context, name string) error {
 // RemoveVolume is Remove for who means the volume of one id: if the volume of that name
 // is another one by now, or there is none, the error is an ErrNotFound. "" is any.
 func (d *Driver) RemoveVolume(ctx context.Context, name, id string) error {
-	if err := validName(name); err != nil {
-		return err
+	if err := ValidName(name); err != nil {
+		return &InvalidError{err}
 	}
 	for try := 1; ; try++ {
 		err := d.awaitRegistration(ctx)

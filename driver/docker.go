@@ -73,6 +73,22 @@ func (e *Engine) Kill(ctx context.Context, volume, vid string) (killed []string,
 	return killed, errors.Join(failed...)
 }
 
+// Root returns the directory in which the Engine keeps its data, as the host knows it.
+func (e *Engine) Root(ctx context.Context) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, dockerLimit)
+	defer cancel()
+	api, err := e.dial()
+	if err != nil {
+		return "", err
+	}
+	defer api.Close()
+	info, err := api.Info(ctx)
+	if err != nil {
+		return "", fmt.Errorf("ask Docker on %s for its directory: %w", e.socket, err)
+	}
+	return info.DockerRootDir, nil
+}
+
 // dial makes a client. Never of a fixed version: engines refuse those they have
 // retired.
 func (e *Engine) dial() (*client.Client, error) {

@@ -64,6 +64,26 @@ func TestUsing(t *testing.T) {
 	}
 }
 
+func TestRoot(t *testing.T) {
+	socket := engine(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/_ping" {
+			w.Header().Set("Api-Version", "1.41")
+			return
+		}
+		if r.URL.Path != "/v1.41/info" {
+			t.Errorf("unexpected request %s", r.URL.Path)
+		}
+		_, _ = w.Write([]byte(`{"DockerRootDir":"/srv/docker"}`))
+	})
+	if got, err := driver.NewEngine(socket).Root(t.Context()); got != "/srv/docker" || err != nil {
+		t.Errorf("got %q, %v", got, err)
+	}
+	none := filepath.Join(t.TempDir(), "none.sock")
+	if _, err := driver.NewEngine(none).Root(t.Context()); err == nil || !strings.Contains(err.Error(), "ask Docker on "+none+" for its directory: ") {
+		t.Errorf("got %v", err)
+	}
+}
+
 func TestUsingWithoutDocker(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "none.sock")
 	_, err := driver.NewEngine(socket).Using(t.Context(), "db")

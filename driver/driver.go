@@ -80,6 +80,9 @@ type Config struct {
 	// MountRoot is the directory below which volumes are mounted. It must be the
 	// managed plugin's propagated mount, or shared with the host.
 	MountRoot string
+	// HostPath is where the host has what is mounted at a path below MountRoot, for others
+	// to be told; "" as long as that is not known. nil: there.
+	HostPath func(path string) string
 
 	DefaultSize backends.Size
 	DefaultFS   string
@@ -123,7 +126,8 @@ type Driver struct {
 	silent    time.Time            // when etcd last failed to answer a Get
 	strays    time.Time            // until when an Attach nobody waits for may take effect
 
-	placements map[string]ownership.Placement // by volume, as last read
+	placements map[string]ownership.Placement // by volume, as last heard of
+	placedAt   int64                          // the revision of that
 	keepers    map[string]*keeper             // volumes on the way to where they are placed
 	rejoined   chan struct{}                  // wakes keepPlaced after a registration
 }
@@ -228,7 +232,7 @@ func (d *Driver) Activated() {
 // Mount makes a volume available below the mount root and returns the path. id is
 // Docker's name for this use of it.
 func (d *Driver) Mount(ctx context.Context, name, id string) (string, error) {
-	if err := validName(name); err != nil {
+	if err := ValidName(name); err != nil {
 		return "", err
 	}
 	vol, err := d.find(ctx, name)

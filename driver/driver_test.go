@@ -546,6 +546,31 @@ func TestNameUsedAgainOnAnotherNode(t *testing.T) {
 	})
 }
 
+// Backends say what they tried, each in its way, and so does the driver: the user reads it
+// once.
+func TestFailuresSayOnceWhatFailed(t *testing.T) {
+	inCluster(t, oneNode, nil, func(t *testing.T, c *cluster) {
+		a := c.nodes["a"]
+		a.create("db", nil)
+		for _, said := range []string{"", "WHAT volume: ", "WHAT volume NAME: ", "WHAT volume ID: "} {
+			fail := func(method, name string) {
+				c.storage.SetFault(func(_ context.Context, call backendtest.Call) error {
+					text := strings.NewReplacer("WHAT", strings.ToLower(method), "NAME", name, "ID", call.Volume).Replace(said)
+					return when(call.Method == method, fmt.Errorf("%sno room: %w", text, backends.ErrInvalid))
+				})
+			}
+			fail("Create", "new")
+			if err := a.Create(t.Context(), "new", nil); !errors.Is(err, backends.ErrInvalid) || err.Error() != "create volume new: no room: invalid" {
+				t.Errorf("create says %v", err)
+			}
+			fail("Attach", "db")
+			if _, err := a.Mount(t.Context(), "db", "id1"); !errors.Is(err, backends.ErrInvalid) || err.Error() != "attach volume db: no room: invalid" {
+				t.Errorf("mount says %v", err)
+			}
+		}
+	})
+}
+
 // A mount outlasts a short failure of the storage, and says what is wrong in the end
 // of a long one.
 func TestMountWaitsForTheStorage(t *testing.T) {
@@ -894,9 +919,10 @@ func TestKilledAtEveryStep(t *testing.T) {
 	}
 }
 
-// A claim whose reply is lost is found again, by operation id.
+// A claim whose reply is lost is found again, by operation id; so is one that was lost each
+// time it was sent, by the next Mount.
 func TestLostRepliesOfEtcd(t *testing.T) {
-	inCluster(t, twoNodes, nil, func(_ *testing.T, c *cluster) {
+	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
 		a, b := c.nodes["a"], c.nodes["b"]
 		var calls atomic.Int64
 		lossy := func(call string) ownership.Fault {
@@ -906,10 +932,20 @@ func TestLostRepliesOfEtcd(t *testing.T) {
 		a.etcd.Inject(lossy)
 		b.etcd.Inject(lossy)
 		a.create("db", nil)
+		mount := func(n *node, id string) {
+			for range 5 {
+				_, err := n.Mount(t.Context(), "db", id)
+				if err == nil {
+					return
+				}
+				wantError(t, err, "ownership cannot be checked: fault injected; what is mounted keeps working, retry when etcd answers")
+			}
+			t.Fatalf("never mounted on %s", n.name)
+		}
 		for range 10 {
-			a.mount("db", "id1")
+			mount(a, "id1")
 			a.unmount("db", "id1")
-			b.mount("db", "id2")
+			mount(b, "id2")
 			b.unmount("db", "id2")
 		}
 		a.etcd.Inject(nil)

@@ -296,21 +296,36 @@ func (d *Driver) attach(ctx context.Context, ds *dataset, undo *undoStack) error
 // attachOnce attaches a volume under the present token, also if an attachment of an
 // older one is in the way.
 func (d *Driver) attachOnce(ctx context.Context, backend backends.Backend, ds *dataset) (backends.Attachment, error) {
-	req := backends.AttachRequest{Ref: ds.vol.Ref, Volume: ds.id, Token: ds.token}
-	att, err := backend.Attach(ctx, req)
+	att, err := d.tryAttach(ctx, backend, ds)
 	if other, ok := errors.AsType[*backends.AttachedError](err); ok {
 		again, failed := d.makeWay(ctx, backend, ds, other)
 		if failed != nil {
 			return backends.Attachment{}, failed
 		}
 		if again {
-			att, err = backend.Attach(ctx, req)
+			if failed := d.awaitLate(ctx, ds); failed != nil {
+				return backends.Attachment{}, failed
+			}
+			att, err = d.tryAttach(ctx, backend, ds)
 		}
 	}
 	if err != nil {
-		return backends.Attachment{}, fmt.Errorf("attach volume %s: %w", ds.vol.Name, err)
+		return backends.Attachment{}, couldNot("attach", ds.vol, err)
 	}
 	return att, nil
+}
+
+// tryAttach is one call of Attach. What it has ended itself may have been ended by a call
+// that comes late, and then hits what the next one attaches.
+func (d *Driver) tryAttach(ctx context.Context, backend backends.Backend, ds *dataset) (backends.Attachment, error) {
+	att, err := backend.Attach(ctx, backends.AttachRequest{Ref: ds.vol.Ref, Volume: ds.id, Token: ds.token})
+	if errors.Is(err, backends.ErrLate) {
+		d.mayBeLate(ds)
+		if unsaved := d.journal.save(ds.record(d.cfg.Node.Boot)); unsaved != nil {
+			err = errors.Join(err, unsaved)
+		}
+	}
+	return att, err
 }
 
 // makeWay ends an attachment of an older token that is in the way: of this node, or
@@ -523,7 +538,7 @@ func (d *Driver) detach(ctx context.Context, ds *dataset) error {
 	}
 	if err := backend.Detach(ctx, *ds.att); err != nil && !errors.Is(err, backends.ErrNotFound) {
 		d.mayBeLate(ds)
-		return fmt.Errorf("detach volume %s: %w", ds.vol.Name, err)
+		return couldNot("detach", ds.vol, err)
 	}
 	ds.att, ds.closed, ds.detaching = nil, false, false
 	ds.publish()

@@ -250,6 +250,31 @@ func TestForeignAttachmentWithoutADevice(t *testing.T) {
 	})
 }
 
+// The same beside a volume that is in use: what has no device nobody can have open. The
+// volume goes on.
+func TestLeftoverWithoutADevice(t *testing.T) {
+	var storage *halfway
+	inCluster(t, oneNode, func(cfg *driver.Config) {
+		storage = &halfway{Backend: cfg.Backends["memory"]}
+		cfg.Backends["memory"] = storage
+	}, func(t *testing.T, c *cluster) {
+		a := c.nodes["a"]
+		a.create("db", nil)
+		a.mount("db", "id1")
+		a.docker.set("db", "web")
+		defer a.kernel.Hold(c.device("db"))()
+		storage.att.Store(&backends.Attachment{ID: "1", Ref: "ref", Volume: a.status("db")["id"].(string), Node: a.id.ID, Token: 1})
+		c.settle(10 * time.Minute)
+		if storage.att.Load() != nil {
+			t.Error("it is still attached")
+		}
+		a.mustWrite("db")
+		if s := a.status("db"); s["state"] != "mounted" || len(a.docker.killed()) > 0 {
+			t.Errorf("status %v, killed %v", s, a.docker.killed())
+		}
+	})
+}
+
 // A host that was restarted asks again; the owner, whose reads hang, answers what it
 // asked before. The volume is not taken from the restarted host as if it were not.
 func TestHandOverNamesThePresentBoot(t *testing.T) {

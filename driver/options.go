@@ -69,7 +69,7 @@ func (d *Driver) parse(name string, values map[string]string) (ownership.Volume,
 		return none, errors.New("options of docker volume create -d flocker -o KEY=VALUE (no volume was made):\n" +
 			backends.Help(options) + "\n" + d.helpBackends(backendName))
 	}
-	if err := validName(name); err != nil {
+	if err := ValidName(name); err != nil {
 		return none, err
 	}
 	if err := backends.Validate(options, values); err != nil {
@@ -213,7 +213,8 @@ func orNone(s string) string {
 // length. Docker checks nothing of names for other drivers.
 var nameForm = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}$`)
 
-func validName(name string) error {
+// ValidName is an error for a name that no volume can have.
+func ValidName(name string) error {
 	if nameForm.MatchString(name) {
 		return nil
 	}

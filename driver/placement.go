@@ -40,7 +40,12 @@ type keeper struct {
 
 // presence is the tenure and the registration in which a node has said that it has a
 // volume mounted.
-type presence struct{ token, term int64 }
+type presence struct {
+	token, term int64
+	// leaving says that it is not placed here any more, and was mounted still: in use,
+	// perhaps. What was said is taken back with the ownership.
+	leaving bool
+}
 
 // Move says on which host a volume is to be, given by its name or its node's id; "" is
 // nowhere. It is recorded, and comes about by itself: the answer does not wait for it.
@@ -88,7 +93,7 @@ func (d *Driver) misplaced(vid string) string {
 // readPlacements reads all of them: of a volume that is wanted elsewhere, a Mount here
 // has to know.
 func (d *Driver) readPlacements(ctx context.Context) error {
-	all, err := d.cfg.Map.Placed(ctx, "")
+	all, revision, err := d.cfg.Map.Placements(ctx)
 	if err != nil {
 		return err
 	}
@@ -98,31 +103,64 @@ func (d *Driver) readPlacements(ctx context.Context) error {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.placements = placements
+	if revision >= d.placedAt { // what is known is of a later time otherwise
+		d.placements, d.placedAt = placements, revision
+	}
 	return nil
 }
 
-// keepPlaced brings the volumes of this node to where their placements say.
+// changePlacements takes over what has happened since they were read.
+func (d *Driver) changePlacements(changed []ownership.Placement) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	since := d.placedAt
+	for _, p := range changed {
+		if p.Revision <= since || p.Revision <= d.placements[p.Volume].Revision {
+			continue
+		}
+		if d.placedAt = p.Revision; p.Node == "" {
+			delete(d.placements, p.Volume)
+		} else {
+			d.placements[p.Volume] = p
+		}
+	}
+}
+
+// keepPlaced brings the volumes of this node to where their placements say. It reads them
+// all now and then only: there may be very many, and each node does so.
 func (d *Driver) keepPlaced(ctx context.Context) {
-	wake := d.cfg.Map.WatchPlacements(ctx)
+	changes := d.cfg.Map.FollowPlacements(ctx)
 	select {
 	case <-d.confirmed:
 	case <-ctx.Done():
 		return
 	}
 	slots := make(chan struct{}, placeAtOnce)
-	for changed, round := true, 0; ; round++ {
-		if changed || round%refreshRounds == 0 { // a watch may lose events
+	known, read := false, time.Time{}
+	hear := func(c ownership.PlacementChanges) {
+		if known = known && !c.Begins; known {
+			d.changePlacements(c.Changed)
+		}
+	}
+	for {
+		if !known || time.Since(read) > refreshRounds*placeRound { // a watch may lose events
 			err := d.readPlacements(ctx)
-			if changed = err != nil; err != nil {
+			if known, read = err == nil, time.Now(); err != nil {
 				d.log.Debugf("placements: %v", err)
 			}
 		}
 		d.keepAll(slots)
 		select {
-		case <-wake:
-			changed = true
-			sleep(ctx, 20*time.Millisecond) // there may be more of them
+		case c := <-changes:
+			hear(c)
+			for more := time.After(20 * time.Millisecond); more != nil; { // there may be more of them
+				select {
+				case c := <-changes:
+					hear(c)
+				case <-more:
+					more = nil
+				}
+			}
 		case <-d.rejoined:
 		case <-time.After(jitter(placeRound)):
 		case <-ctx.Done():
@@ -170,8 +208,8 @@ func (d *Driver) unsettled(term int64) map[string]bool {
 		s := ds.snapshot.Load()
 		told := s.present.token != 0 && s.present.token == s.token
 		if !vids[vid] {
-			vids[vid] = told
-		} else if s.mounted && s.lost == "" && told && (s.present.term == term || term == 0) {
+			vids[vid] = told && (!s.present.leaving || !s.mounted)
+		} else if s.mounted && s.lost == "" && told && !s.present.leaving && (s.present.term == term || term == 0) {
 			vids[vid] = false
 		}
 	}
@@ -246,9 +284,11 @@ func (d *Driver) place(ctx context.Context, vid string) (name string, err error)
 		return vid, err
 	}
 	defer ds.unlock()
-	if !d.placedHere(vid) {
+	p, here := d.placement(vid)
+	if !here {
 		return ds.vol.Name, d.unplace(ctx, ds)
 	}
+	ctx = ownership.By(ctx, p.By)
 	if ds.idle() {
 		view, err := d.cfg.Map.View(ctx, vid)
 		if err != nil {
@@ -259,11 +299,17 @@ func (d *Driver) place(ctx context.Context, vid string) (name string, err error)
 	if err := d.mount(ctx, ds, placing, ""); err != nil {
 		return ds.vol.Name, gone(err)
 	}
+	path := d.mountpoint(vid)
+	if d.cfg.HostPath != nil {
+		if path = d.cfg.HostPath(path); path == "" {
+			return ds.vol.Name, fmt.Errorf("volume %s is mounted; where the host has it, Docker has not said yet", ds.vol.Name)
+		}
+	}
 	term := d.cfg.Map.Term() // before, so that it is not ascribed to a later one
-	if err := d.cfg.Map.Present(ctx, vid, ds.token, d.mountpoint(vid)); err != nil {
+	if err := d.cfg.Map.Present(ctx, vid, ds.token, path); err != nil {
 		return ds.vol.Name, d.explain(ds.vol.Name, err)
 	}
-	ds.present = presence{ds.token, term}
+	ds.present = presence{token: ds.token, term: term}
 	return ds.vol.Name, nil
 }
 
@@ -281,7 +327,9 @@ func (d *Driver) unplace(ctx context.Context, ds *dataset) error {
 	if err := d.leased(ctx, ds); err != nil {
 		return err
 	}
-	if ds.present.token != 0 {
+	if ds.mounted {
+		ds.present.leaving = true
+	} else if ds.present.token != 0 {
 		if err := d.cfg.Map.Absent(ctx, ds.id); err != nil {
 			return d.explain(ds.vol.Name, err)
 		}

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -69,6 +70,17 @@ func (c *cluster) wantPlaced(name, host string) {
 			c.t.Fatalf("%s has mounted %v", other, m)
 		}
 	}
+}
+
+// placedOnB makes a volume db that is placed on node b, and mounted there.
+func (c *cluster) placedOnB() (a, b *node) {
+	c.t.Helper()
+	a, b = c.nodes["a"], c.nodes["b"]
+	a.create("db", nil)
+	a.move("db", "b")
+	c.settle(time.Second)
+	c.wantPlaced("db", "b")
+	return a, b
 }
 
 func TestPlacement(t *testing.T) {
@@ -147,10 +159,18 @@ func TestPlacementWaitsForContainer(t *testing.T) {
 				a.mount("db", "id1")
 				a.docker.set("db", "web")
 				release := a.kernel.Hold(c.device("db"))
+				a.mounter.ResetCalls()
 				a.move("db", "b")
+				c.settle(2 * time.Second) // it does not wait as a container does
+				if got := fmt.Sprint(b.status("db")["placement_error"]); !strings.Contains(got, "volume db is in use on host a by container web") {
+					t.Errorf("the error is %q at once", got)
+				}
 				c.settle(time.Hour)
 				if s := a.status("db"); s["state"] != "mounted" || s["placement"] != "b" {
 					t.Errorf("status on a is %v", s)
+				}
+				if slices.ContainsFunc(a.mounter.Calls(), func(call mount.FakeCall) bool { return call.Name == mount.CallUnmount }) {
+					t.Error("it was taken from under its container, to see whether that uses it")
 				}
 				if got, want := b.status("db")["placement_error"], "volume db is in use on host a by container web; it comes here when that ends"; got != want {
 					t.Errorf("the error is %q, want %q", got, want)
@@ -169,11 +189,7 @@ func TestPlacementWaitsForContainer(t *testing.T) {
 // A container is started on another host than the placement's, where nothing uses it.
 func TestDockerMovesPlacement(t *testing.T) {
 	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
-		a, b := c.nodes["a"], c.nodes["b"]
-		a.create("db", nil)
-		a.move("db", "b")
-		c.settle(time.Second)
-		c.wantPlaced("db", "b")
+		a, b := c.placedOnB()
 		began := time.Now()
 		a.mount("db", "id1")
 		if took := time.Since(began); took > time.Second {
@@ -218,10 +234,7 @@ func TestFailedMountLeavesPlacement(t *testing.T) {
 // what asked for it is told.
 func TestPlacedVolumeIsOpenOutsideDocker(t *testing.T) {
 	inCluster(t, twoNodes, func(cfg *driver.Config) { cfg.BusyWait = 5 * time.Second }, func(t *testing.T, c *cluster) {
-		a, b := c.nodes["a"], c.nodes["b"]
-		a.create("db", nil)
-		a.move("db", "b")
-		c.settle(time.Second)
+		a, b := c.placedOnB()
 		release := b.kernel.Hold(c.device("db"))
 		_, err := a.Mount(t.Context(), "db", "id1")
 		wantError(t, err, "volume db is in use on host b", "busy")
@@ -309,11 +322,7 @@ func TestPlacementAfterRestart(t *testing.T) {
 
 func TestPlacementAfterReboot(t *testing.T) {
 	onFencingStorage(t, twoNodes, func(t *testing.T, c *cluster) {
-		a, b := c.nodes["a"], c.nodes["b"]
-		a.create("db", nil)
-		a.move("db", "b")
-		c.settle(time.Second)
-		c.wantPlaced("db", "b")
+		_, b := c.placedOnB()
 		before := c.view("db").Owner.Token
 		b.kill()
 		b.kernel.Reboot()
@@ -334,10 +343,7 @@ func TestPlacementAfterReboot(t *testing.T) {
 // whoever is to have it, before an operator says that it is dead.
 func TestPlacementOfDeadHost(t *testing.T) {
 	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
-		a, b := c.nodes["a"], c.nodes["b"]
-		a.create("db", nil)
-		a.move("db", "b")
-		c.settle(time.Second)
+		a, b := c.placedOnB()
 		b.kill()
 		c.settle(time.Hour)
 		if v := c.view("db"); v.Owner == nil || v.Owner.Node != b.id.ID || v.Presence != nil || v.Placement.Host != "b" {
@@ -364,10 +370,7 @@ func TestPlacementOfDeadHost(t *testing.T) {
 // not without one.
 func TestPlacementTakesOver(t *testing.T) {
 	onFencingStorage(t, twoNodes, func(t *testing.T, c *cluster) {
-		a, b := c.nodes["a"], c.nodes["b"]
-		a.create("db", nil)
-		a.move("db", "b")
-		c.settle(time.Second)
+		a, b := c.placedOnB()
 		b.mustWrite("db")
 		b.partition(true) // it lives, and writes on
 		c.settle(time.Hour)
@@ -391,10 +394,7 @@ func TestPlacementTakesOver(t *testing.T) {
 // While etcd is away nothing changes, and nothing has to be done when it is back.
 func TestPlacementWithoutEtcd(t *testing.T) {
 	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
-		a, b := c.nodes["a"], c.nodes["b"]
-		a.create("db", nil)
-		a.move("db", "b")
-		c.settle(time.Second)
+		a, b := c.placedOnB()
 		b.mount("db", "id1")
 		b.partition(true)
 		c.settle(time.Minute)
@@ -473,10 +473,7 @@ func TestPlacedByTwoOperators(t *testing.T) {
 
 func TestPlacementOfQuarantinedVolume(t *testing.T) {
 	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
-		a, b := c.nodes["a"], c.nodes["b"]
-		a.create("db", nil)
-		a.move("db", "b")
-		c.settle(time.Second)
+		a, b := c.placedOnB()
 		b.kernel.SetNoted(c.device("db"), "ext4 has counted 3 errors")
 		c.settle(2 * time.Minute)
 		b.mustWrite("db") // what runs goes on
@@ -525,12 +522,32 @@ func TestPlacementIsTriedAgain(t *testing.T) {
 	})
 }
 
-func TestLeaseIsUse(t *testing.T) {
-	inCluster(t, twoNodes, func(cfg *driver.Config) { cfg.BusyWait = 0 }, func(t *testing.T, c *cluster) {
+// One that waits for its next try notices that the placement has changed.
+func TestPlacementChangesWhileItIsTried(t *testing.T) {
+	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
 		a, b := c.nodes["a"], c.nodes["b"]
 		a.create("db", nil)
+		c.failing(b, "Attach")
+		a.move("db", "b")
+		c.settle(10 * time.Minute)
+		if b.status("db")["placement_error"] == nil {
+			t.Fatal("it has not failed")
+		}
+		c.storage.SetFault(nil)
+		a.move("db", "")
+		c.settle(time.Second)
+		if got := b.status("db")["placement_error"]; got != nil {
+			t.Errorf("placed nowhere, the error is %q", got)
+		}
 		a.move("db", "b")
 		c.settle(time.Second)
+		c.wantPlaced("db", "b")
+	})
+}
+
+func TestLeaseIsUse(t *testing.T) {
+	inCluster(t, twoNodes, func(cfg *driver.Config) { cfg.BusyWait = 0 }, func(t *testing.T, c *cluster) {
+		a, b := c.placedOnB()
 		m := ownership.New(c.etcd, ownership.Node{ID: "api", Host: "api", Boot: "none"}, ownership.Config{})
 		ttl := time.Hour
 		l, _, err := m.Lease(t.Context(), c.view("db").Volume.ID, "b", &ttl, "eve@ops")
@@ -548,8 +565,8 @@ func TestLeaseIsUse(t *testing.T) {
 		}
 		a.move("db", "a")
 		c.settle(30 * time.Minute)
-		if len(b.kernel.Mounts()) != 1 {
-			t.Error("it is not mounted where it is leased")
+		if v := c.view("db"); len(b.kernel.Mounts()) != 1 || v.Presence == nil || v.Presence.Node != b.id.ID {
+			t.Errorf("it is not mounted where it is leased, or not said to be: %+v", v.Presence)
 		}
 		c.settle(40 * time.Minute) // and it ends
 		c.wantPlaced("db", "a")
@@ -653,8 +670,10 @@ func TestDrain(t *testing.T) {
 				}
 				_, err = b.Mount(t.Context(), "placed", "id4")
 				wantError(t, err, "host b is cordoned")
-				if v := c.view("placed"); v.Placement != nil || v.Owner != nil {
-					t.Errorf("placed is %+v", v)
+				for _, name := range []string{"placed", "lingering"} { // and who asked has not got them
+					if v := c.view(name); v.Placement != nil || v.Owner != nil {
+						t.Errorf("%s is %+v", name, v)
+					}
 				}
 				if c.view("other").Presence == nil {
 					t.Error("the other host lost what it had")
@@ -673,10 +692,7 @@ func TestDrain(t *testing.T) {
 
 func TestDrainDeadHost(t *testing.T) {
 	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
-		a, b := c.nodes["a"], c.nodes["b"]
-		a.create("db", nil)
-		a.move("db", "b")
-		c.settle(time.Second)
+		a, b := c.placedOnB()
 		b.kill()
 		c.settle(20 * time.Second)
 		_, err := a.Drain(t.Context(), "b", "eve@ops")
@@ -749,10 +765,7 @@ func TestCreateVolume(t *testing.T) {
 // A node whose lease had ended says again what it has mounted.
 func TestPresenceIsSaidAgain(t *testing.T) {
 	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
-		a, b := c.nodes["a"], c.nodes["b"]
-		a.create("db", nil)
-		a.move("db", "b")
-		c.settle(time.Second)
+		_, b := c.placedOnB()
 		b.partition(true)
 		c.settle(time.Minute)
 		if v := c.view("db"); v.Presence != nil {
@@ -761,6 +774,70 @@ func TestPresenceIsSaidAgain(t *testing.T) {
 		b.partition(false)
 		c.settle(time.Minute)
 		c.wantPlaced("db", "b")
+	})
+}
+
+// What is placed elsewhere and used here is said to be here, until it is let go.
+func TestPresenceWhileInUse(t *testing.T) {
+	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
+		a, b := c.nodes["a"], c.nodes["b"]
+		a.create("db", nil)
+		a.move("db", "a")
+		c.settle(time.Second)
+		c.wantPlaced("db", "a")
+		closed := a.kernel.Hold(c.device("db"))
+		for _, host := range []string{"b", "", "a", "b"} { // to and fro
+			b.move("db", host)
+			c.settle(time.Minute)
+			v := c.view("db")
+			if v.Presence == nil || v.Presence.Node != a.id.ID || v.Owner == nil || v.Presence.Token != v.Owner.Token {
+				t.Errorf("placed on %q, and in use on a: present %+v, owned by %+v", host, v.Presence, v.Owner)
+			}
+		}
+		closed()
+		c.settle(10 * time.Minute)
+		c.wantPlaced("db", "b")
+		b.move("db", "")
+		c.settle(time.Minute)
+		c.wantPlaced("db", "")
+		if v := c.view("db"); v.Owner != nil {
+			t.Errorf("owned by %+v", v.Owner)
+		}
+	})
+}
+
+// Others are told where the host has what is mounted, once that is known.
+func TestPresenceSaysTheHostsPath(t *testing.T) {
+	var known atomic.Bool
+	inCluster(t, twoNodes, func(cfg *driver.Config) {
+		inside := cfg.MountRoot
+		cfg.HostPath = func(path string) string {
+			if !known.Load() {
+				return ""
+			}
+			return "/host" + strings.TrimPrefix(path, inside)
+		}
+	}, func(t *testing.T, c *cluster) {
+		a, b := c.nodes["a"], c.nodes["b"]
+		a.create("db", nil)
+		a.move("db", "b")
+		c.settle(time.Minute)
+		if v := c.view("db"); v.Presence != nil {
+			t.Errorf("present %+v, at an unknown path", v.Presence)
+		}
+		s := b.status("db")
+		if s["state"] != "mounted" || s["placement_error"] != "volume db is mounted; where the host has it, Docker has not said yet" {
+			t.Errorf("status on b: %v", s)
+		}
+		known.Store(true)
+		c.settle(time.Minute)
+		v := c.view("db")
+		if v.Presence == nil || v.Presence.Path != "/host/"+v.Volume.ID+"/data" {
+			t.Errorf("present %+v", v.Presence)
+		}
+		if s := b.status("db"); s["placement_error"] != nil {
+			t.Errorf("status on b: %v", s)
+		}
 	})
 }
 
@@ -777,6 +854,152 @@ func TestSecondContainerLeavesPlacement(t *testing.T) {
 		c.settle(time.Minute)
 		if p := c.view("db").Placement; p == nil || p.Host != "b" {
 			t.Errorf("placed %+v, want b", p)
+		}
+	})
+}
+
+// placeStore counts how often all placements are read, the answers to which take their
+// time. With hold, each report of a change of them waits for a token.
+type placeStore struct {
+	ownership.Store
+	reads *atomic.Int64
+	takes time.Duration
+	hold  chan struct{}
+}
+
+func (s *placeStore) Txn(ctx context.Context, txn ownership.Txn) (ownership.TxnResult, error) {
+	res, err := s.Store.Txn(ctx, txn)
+	for _, op := range txn.Then {
+		if op.Kind == ownership.OpGet && strings.HasSuffix(op.Key, "/place/") {
+			s.reads.Add(1)
+			time.Sleep(s.takes)
+		}
+	}
+	return res, err
+}
+
+func (s *placeStore) Watch(ctx context.Context, key string, prefix bool, after int64) <-chan ownership.WatchResult {
+	changes := s.Store.Watch(ctx, key, prefix, after)
+	if s.hold == nil || !strings.HasSuffix(key, "/place/") {
+		return changes
+	}
+	held := make(chan ownership.WatchResult)
+	go func() {
+		defer close(held)
+		for res := range changes {
+			if len(res.Events) > 0 {
+				select {
+				case <-s.hold:
+				case <-ctx.Done():
+				}
+			}
+			select {
+			case held <- res:
+			case <-ctx.Done():
+			}
+		}
+	}()
+	return held
+}
+
+// A node hears of changes, and does not read all placements for each: there may be ten
+// thousand of them, and a hundred nodes.
+func TestPlacementsAreNotReadForEachChange(t *testing.T) {
+	inCluster(t, []string{"a", "b", "c"}, nil, func(t *testing.T, c *cluster) {
+		var reads atomic.Int64
+		c.store = func(n *node) ownership.Store { return &placeStore{n.etcd, &reads, 0, nil} }
+		for _, n := range c.nodes {
+			n.restart()
+		}
+		a := c.nodes["a"]
+		a.create("db", nil)
+		c.settle(time.Second)
+		before := reads.Load()
+		for i := range 30 {
+			host := []string{"a", "b", "c"}[i%3]
+			a.move("db", host)
+			c.settle(time.Second)
+			c.wantPlaced("db", host)
+		}
+		if n := reads.Load() - before; n > 3 {
+			t.Errorf("all placements were read %d times for 30 changes", n)
+		}
+		before = reads.Load()
+		c.settle(time.Hour)
+		if n := reads.Load() - before; n < 3*30 || n > 3*50 {
+			t.Errorf("all placements were read %d times in an hour, by three nodes; want about every 80 s", n)
+		}
+	})
+}
+
+// What a watch does not report is found by a look at all placements; and when it reports it
+// after all, that changes nothing any more.
+func TestPlacementThatIsHeardOfLate(t *testing.T) {
+	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
+		hold := make(chan struct{})
+		c.store = func(n *node) ownership.Store { return &placeStore{n.etcd, new(atomic.Int64), 0, hold} }
+		a, b := c.nodes["a"], c.nodes["b"]
+		b.restart()
+		a.create("db", nil)
+		c.settle(time.Second)
+		a.move("db", "b")
+		c.settle(2 * time.Minute)
+		c.wantPlaced("db", "b")
+		a.move("db", "a")
+		c.settle(2 * time.Minute)
+		c.wantPlaced("db", "a")
+		token := c.view("db").Owner.Token
+		hold <- struct{}{} // that it is placed on b
+		c.settle(5 * time.Second)
+		c.wantPlaced("db", "a")
+		if now := c.view("db").Owner.Token; now != token {
+			t.Errorf("token %d, was %d: it has been elsewhere", now, token)
+		}
+	})
+}
+
+// What is heard while all placements are read is newer than the answer.
+func TestPlacementIsHeardOfWhileAllAreRead(t *testing.T) {
+	inCluster(t, twoNodes, nil, func(_ *testing.T, c *cluster) {
+		var reads atomic.Int64
+		c.store = func(n *node) ownership.Store { return &placeStore{n.etcd, &reads, 2 * time.Second, nil} }
+		a, b := c.nodes["a"], c.nodes["b"]
+		b.restart()
+		a.create("db", nil)
+		c.settle(20 * time.Second)
+		before := reads.Load()
+		for _, kv := range c.etcd.Keys("") {
+			if strings.HasSuffix(kv.Key, "/live/"+b.id.ID) {
+				c.etcd.Expire(kv.Lease) // it registers anew, and reads
+			}
+		}
+		for reads.Load() == before {
+			time.Sleep(100 * time.Millisecond)
+		}
+		a.move("db", "b")
+		c.settle(10 * time.Second)
+		c.wantPlaced("db", "b")
+	})
+}
+
+// A watch that was away reports nothing of what happened meanwhile, which is read as soon as it
+// is back.
+func TestPlacementWhileTheWatchIsAway(t *testing.T) {
+	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
+		a, b := c.placedOnB()
+		b.etcd.Inject(func(call string) ownership.Fault { return ownership.Fault{Refused: call == "watch"} })
+		b.etcd.CutWatches()
+		c.settle(time.Second)
+		a.move("db", "")
+		c.settle(3 * time.Second)
+		a.create("logs", nil)
+		a.move("logs", "b")
+		c.settle(3 * time.Second)
+		b.etcd.Inject(nil)
+		c.settle(15 * time.Second)
+		c.wantPlaced("logs", "b")
+		if v := c.view("db"); v.Owner != nil || v.Presence != nil {
+			t.Errorf("db is %+v", v)
 		}
 	})
 }

@@ -245,10 +245,14 @@ func (d *Driver) dropForeign(ctx context.Context, ds *dataset, name string, back
 		return
 	}
 	if !ds.idle() { // a leftover beside what this node has now
-		if err := d.cfg.Mounter.Close(ctx, att.Device); err != nil && !errors.Is(err, mount.ErrUnwritten) {
-			log.Errorf("%s is attached under token %d, which is over, and in use: %v", att.Device, att.Token, err)
+		var open error
+		if att.Device != "" { // without one, Detach will look
+			open = d.cfg.Mounter.Close(ctx, att.Device)
+		}
+		if open != nil && !errors.Is(open, mount.ErrUnwritten) {
+			log.Errorf("%s is attached under token %d, which is over, and in use: %v", att.Device, att.Token, open)
 		} else if err := d.mark(ds, func() error { return backend.Detach(ctx, att) }); err != nil {
-			log.Warnf("detach %s, left from token %d: %v", att.Device, att.Token, err)
+			log.Warnf("detach what is left from token %d: %v", att.Token, err)
 		}
 		return
 	}

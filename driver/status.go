@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"maps"
@@ -17,7 +18,7 @@ import (
 // is away a known volume is answered from the cache, and the question for an
 // unknown one is held until ctx ends.
 func (d *Driver) Get(ctx context.Context, name string) (Volume, error) {
-	if validName(name) != nil {
+	if ValidName(name) != nil {
 		return Volume{}, ownership.ErrNotFound // it cannot exist
 	}
 	if ds := d.byName(name); ds != nil {
@@ -167,51 +168,31 @@ func (d *Driver) describe(view ownership.View, here *snapshot, stale bool) Volum
 		"backend":    vol.Backend,
 		"size":       backends.Size(vol.Size).String(),
 		"filesystem": vol.FS,
-		"state":      "free",
 	}
 	var waiting []ownership.Request
 	v := Volume{Name: vol.Name, CreatedAt: vol.Created, Status: status, Definition: vol}
+	state, detail := view.State()
 	switch {
 	case here != nil:
 		status["owner"], status["token"] = d.cfg.Node.Host, here.token
 		waiting = d.waitingFor(vol.ID)
-		switch {
-		case here.lost != "":
-			status["state"], status["detail"] = "lost", here.lost
-		case here.pending != "":
-			status["state"], status["detail"] = "being taken over", "from host "+here.pending
-			if here.fault != "" {
-				status["detail"] = here.fault
-			}
-		case here.mounted:
-			status["state"], status["mounts"] = "mounted", here.mounts
+		if state, detail = here.state(); state == "mounted" {
+			status["mounts"] = here.mounts
 			v.Mountpoint = d.mountpoint(vol.ID)
-		case here.attached:
-			status["state"] = "attached"
-		default:
-			status["state"] = "owned"
+		}
+		if vol.Phase == ownership.PhaseQuarantined {
+			state, detail = view.State()
 		}
 		if len(here.containers) > 0 {
 			status["containers"] = here.containers
 		}
-	case stale:
-		status["state"] = "unknown"
+	case stale && vol.Phase == ownership.PhaseReady:
+		state = "unknown"
 	case view.Owner != nil:
-		status["owner"], status["token"], status["state"] = view.Owner.Host, view.Owner.Token, "owned"
-		if !view.OwnerLive {
-			status["state"], status["detail"] = "owner not responding", "host "+view.Owner.Host+" has not been heard from"
-		}
-		if p := view.Owner.Pending; p != nil {
-			status["state"], status["detail"] = "being taken over", "from host "+p.Host
-		}
+		status["owner"], status["token"] = view.Owner.Host, view.Owner.Token
 		waiting = view.Waiting
 	}
-	if vol.Phase == ownership.PhaseQuarantined || here == nil && vol.Phase != ownership.PhaseReady {
-		status["state"] = string(vol.Phase)
-		if vol.Reason != "" {
-			status["detail"] = vol.Reason
-		}
-	}
+	status["state"] = state
 	if stale {
 		status["stale"] = true
 	}
@@ -224,7 +205,7 @@ func (d *Driver) describe(view ownership.View, here *snapshot, stale bool) Volum
 	}
 	placed, _ := d.placement(vol.ID)
 	for key, value := range map[string]string{
-		"mkfs": vol.Mkfs, "mount": vol.Mount, "profile": vol.Profile, "placement": placed.Host, "placement_error": d.misplaced(vol.ID),
+		"detail": detail, "mkfs": vol.Mkfs, "mount": vol.Mount, "profile": vol.Profile, "placement": placed.Host, "placement_error": d.misplaced(vol.ID),
 	} {
 		if value != "" {
 			status[key] = value
@@ -234,6 +215,21 @@ func (d *Driver) describe(view ownership.View, here *snapshot, stale bool) Volum
 		status["labels"] = vol.Labels
 	}
 	return v
+}
+
+// state is that of a volume of which there is something on this node.
+func (s *snapshot) state() (state, detail string) {
+	switch {
+	case s.lost != "":
+		return "lost", s.lost
+	case s.pending != "":
+		return ownership.StateTaken, cmp.Or(s.fault, "from host "+s.pending)
+	case s.mounted:
+		return "mounted", ""
+	case s.attached:
+		return "attached", ""
+	}
+	return ownership.StateOwned, ""
 }
 
 // The cache of definitions, by name. It answers Docker while etcd is away, and

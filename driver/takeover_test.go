@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -987,6 +988,50 @@ func TestDetachOfALeftoverIsWaitedFor(t *testing.T) {
 		c.settle(90 * time.Second)
 		a.mustWrite("db")
 	})
+}
+
+// An Attach that fails takes down what it has made, and a call of that may come late: it
+// is waited for, also by a process that starts meanwhile.
+func TestAttachThatCleansUpIsWaitedFor(t *testing.T) {
+	for name, restarted := range map[string]bool{"tried again": false, "restarted": true} {
+		t.Run(name, func(t *testing.T) {
+			inCluster(t, oneNode, func(cfg *driver.Config) { cfg.Hold = hold }, func(t *testing.T, c *cluster) {
+				c.use(nameless)
+				a := c.nodes["a"]
+				a.create("db", nil)
+				vid := a.status("db")["id"].(string)
+				c.again("Detach", false)
+				var attached atomic.Bool
+				c.storage.SetFault(func(ctx context.Context, call backendtest.Call) error {
+					if call.Method != "Attach" || !call.Done || attached.Swap(true) {
+						return nil
+					}
+					err := c.storage.Node(a.id.ID).Detach(ctx, c.storage.Attached(vid)[0])
+					return errors.Join(err, backends.Classify(backends.ErrLate, backends.Classify(backends.ErrUnavailable, errors.New("boom"))))
+				})
+				time.AfterFunc(time.Second, func() {
+					if record, err := os.ReadFile(filepath.Join(a.stateDir, "volumes", vid+".json")); !strings.Contains(string(record), `"late":true`) {
+						t.Errorf("the record is %s (%v), want one of the late call", record, err)
+					}
+				})
+				ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+				defer cancel()
+				if restarted {
+					soon, giveUp := context.WithTimeout(ctx, 5*time.Second)
+					defer giveUp()
+					_, err := a.Mount(soon, "db", "id1")
+					wantError(t, err, "boom", "an earlier call to memory may still take effect for 55s; retry then")
+					a.restart()
+				}
+				if _, err := a.Mount(ctx, "db", "id2"); err != nil {
+					t.Fatal(err)
+				}
+				a.docker.set("db", "web")
+				c.settle(90 * time.Second)
+				a.mustWrite("db")
+			})
+		})
+	}
 }
 
 // The process is killed in the middle of the second fence, of a host whose attach came

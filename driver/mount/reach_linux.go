@@ -28,6 +28,16 @@ func IsCutOff(dir string) (bool, error) {
 	return cut, nil
 }
 
+// Source returns the directory that is mounted on dir, by its name in its filesystem; "" if
+// none is.
+func Source(dir string) (string, error) {
+	info, err := topMount(dir)
+	if err != nil || info == nil {
+		return "", err
+	}
+	return info.Root, nil
+}
+
 func isCutOff(dir string) (cut bool, err error) {
 	info, err := topMount(dir)
 	if err != nil || info == nil || !strings.Contains(info.Optional, "shared:") {

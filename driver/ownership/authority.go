@@ -24,7 +24,7 @@ func (m *Map) Claim(ctx context.Context, vid string) (Owner, Volume, error) {
 	res, err := m.write(ctx, Txn{
 		If: []Cmp{none(m.own(vid)), has(m.vol(vid)), onLease(m.live(m.me.ID), lease)},
 		Then: append([]Op{put(m.own(vid), encode(o)), get(m.vol(vid))},
-			m.audit(auditLine{What: "claim", Volume: vid, Op: o.Op})...),
+			m.audit(ctx, auditLine{What: "claim", Volume: vid, Op: o.Op})...),
 		Else: []Op{get(m.own(vid)), get(m.vol(vid))},
 	})
 	if err != nil {
@@ -122,7 +122,7 @@ func (m *Map) renewOwn(ctx context.Context, token int64, o Owner, line auditLine
 	line.Volume, line.Token, line.Op = vid, token, o.Op
 	res, err := m.write(ctx, Txn{
 		If:   []Cmp{mod(m.own(vid), token), has(m.vol(vid)), onLease(m.live(m.me.ID), lease)},
-		Then: append([]Op{put(m.own(vid), encode(o)), get(m.vol(vid))}, m.audit(line)...),
+		Then: append([]Op{put(m.own(vid), encode(o)), get(m.vol(vid))}, m.audit(ctx, line)...),
 		Else: []Op{get(m.own(vid)), get(m.vol(vid))},
 	})
 	if err != nil {
@@ -173,7 +173,7 @@ func (m *Map) Request(ctx context.Context, owner Owner, purpose string) error {
 			// An answer to an earlier wish says nothing about this one. A wish that is repeated
 			// is no news.
 			nest(Txn{If: []Cmp{none(key)}, Then: append([]Op{del(rep)},
-				m.audit(auditLine{What: "request", Volume: vid, From: owner.Node, Token: owner.Token, Detail: "to " + purpose, Op: r.Op})...)}),
+				m.audit(ctx, auditLine{What: "request", Volume: vid, From: owner.Node, Token: owner.Token, Detail: "to " + purpose, Op: r.Op})...)}),
 		},
 		Else: []Op{get(m.own(vid)), get(m.vol(vid)), get(m.live(owner.Node))},
 	})
@@ -239,7 +239,7 @@ func (m *Map) Reply(ctx context.Context, req Request, reply Reply) error {
 		Then: []Op{putOn(req.Lease, rep, encode(reply))},
 	}
 	if reply.Busy { // of the answers to one request, the first
-		txn.Then = append(txn.Then, nest(Txn{If: []Cmp{none(rep)}, Then: m.audit(auditLine{
+		txn.Then = append(txn.Then, nest(Txn{If: []Cmp{none(rep)}, Then: m.audit(ctx, auditLine{
 			What: "refuse", Volume: req.Volume, To: req.Node, Detail: "in use" + reply.users(), Op: newOp(),
 		})}))
 	}
@@ -277,10 +277,10 @@ func (m *Map) HandOver(ctx context.Context, vid string, token int64, to Request)
 	res, err := m.write(ctx, Txn{
 		If: []Cmp{mod(m.own(vid), token), onLease(req, to.Lease)},
 		Then: append([]Op{put(m.own(vid), encode(o)), del(m.presence(vid)), del(req), del(m.rep(to.Node, vid))},
-			m.audit(line)...),
+			m.audit(ctx, line)...),
 		Else: []Op{nest(Txn{
 			If:   []Cmp{mod(m.own(vid), token)},
-			Then: append([]Op{del(m.own(vid)), del(m.presence(vid))}, m.audit(released)...),
+			Then: append([]Op{del(m.own(vid)), del(m.presence(vid))}, m.audit(ctx, released)...),
 			Else: []Op{get(m.own(vid))},
 		})},
 	})
@@ -309,7 +309,7 @@ func (m *Map) Release(ctx context.Context, vid string, token int64) error {
 	res, err := m.write(ctx, Txn{
 		If: []Cmp{mod(m.own(vid), token)},
 		Then: append([]Op{del(m.own(vid)), del(m.presence(vid))},
-			m.audit(auditLine{What: "release", Volume: vid, Token: token, Op: newOp()})...),
+			m.audit(ctx, auditLine{What: "release", Volume: vid, Token: token, Op: newOp()})...),
 		Else: []Op{get(m.own(vid))},
 	})
 	if err != nil {

@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 	"slices"
-	"strings"
 	"time"
 )
 
@@ -166,7 +165,7 @@ func (m *Map) DeclareDead(ctx context.Context, host string, d Death) (Death, err
 		txn := Txn{
 			If: []Cmp{mod(m.node(d.Node), revision), mod(key, revisionOf(old))},
 			Then: append([]Op{put(key, encode(d))},
-				m.audit(auditLine{What: "declared dead", To: d.Node, Detail: d.String(), By: d.By, Op: newOp()})...),
+				m.audit(ctx, auditLine{What: "declared dead", To: d.Node, Detail: d.String(), By: d.By, Op: newOp()})...),
 		}
 		if !d.Forced {
 			txn.If = append(txn.If, none(live))
@@ -227,7 +226,7 @@ func (m *Map) find(ctx context.Context, host string) (Node, int64, error) {
 	for _, n := range found[len(ids):] {
 		ids = append(ids, n.ID)
 	}
-	return Node{}, 0, fmt.Errorf("%d nodes have the host name %s; say which one by its id: %s", len(found), host, strings.Join(ids, ", "))
+	return Node{}, 0, &AmbiguousError{host, ids}
 }
 
 // acquit has this node give up what it has, since it was declared dead, and then
@@ -246,7 +245,7 @@ func (m *Map) acquit(ctx context.Context, declared KV) error {
 	}
 	res, err := m.write(ctx, Txn{
 		If:   []Cmp{mod(declared.Key, declared.ModRevision)},
-		Then: append([]Op{del(declared.Key)}, m.audit(auditLine{What: "back", To: m.me.ID, Detail: death.String(), Op: newOp()})...),
+		Then: append([]Op{del(declared.Key)}, m.audit(ctx, auditLine{What: "back", To: m.me.ID, Detail: death.String(), Op: newOp()})...),
 		Else: []Op{get(declared.Key)},
 	})
 	if err == nil && !res.Succeeded && res.kv(0) != nil {

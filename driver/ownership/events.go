@@ -26,7 +26,7 @@ type Event struct {
 	To, ToHost     string
 	Token          int64
 	Detail         string
-	By             string // the operator who wanted it
+	By             string // who wanted it: an operator, or docker
 }
 
 // GoneError says that events which were asked for are no longer kept, or may not be.

@@ -206,7 +206,7 @@ func (m *Map) AcceptRestore(ctx context.Context, by string) (gen int64, err erro
 	m.refreshBucket(ctx)
 	res, err = m.exchange(ctx, Txn{
 		If:   []Cmp{mod(key, kv.ModRevision)},
-		Then: append([]Op{put(key, encode(next))}, m.audit(auditLine{What: "accept restore", Token: next.Gen, By: by, Op: newOp()})...),
+		Then: append([]Op{put(key, encode(next))}, m.audit(ctx, auditLine{What: "accept restore", Token: next.Gen, By: by, Op: newOp()})...),
 		Else: []Op{get(key)},
 	}, 2*m.cfg.Timeout)
 	if err != nil {

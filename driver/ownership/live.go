@@ -25,6 +25,7 @@ func (m *Map) Run(ctx context.Context) error {
 	var watches sync.WaitGroup
 	defer watches.Wait()
 	watches.Go(func() { m.watchPeers(ctx) })
+	watches.Go(func() { m.tellEnds(ctx) })
 	watches.Go(func() { m.follow(ctx, m.fence(m.me.ID, ""), true, m.poke) })
 	watches.Go(func() { m.follow(ctx, m.node(m.me.ID), false, m.poke) })
 	wait := backoff{first: min(100*time.Millisecond, m.cfg.Renew), most: m.cfg.Renew}
@@ -205,7 +206,7 @@ func (m *Map) register(ctx context.Context) error {
 			none(declared),
 		},
 		Then: append([]Op{put(m.node(m.me.ID), encode(node)), putOn(lease, m.live(m.me.ID), encode(self))},
-			m.audit(auditLine{What: "register", Detail: "boot " + m.me.Boot, Op: self.Op})...),
+			m.audit(ctx, auditLine{What: "register", Detail: "boot " + m.me.Boot, Op: self.Op})...),
 		Else: []Op{get(m.live(m.me.ID)), get(declared)},
 	}
 	res, err := m.write(ctx, txn)

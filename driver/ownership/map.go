@@ -146,6 +146,7 @@ func New(store Store, node Node, cfg Config) *Map {
 		why:   errors.New("this node has not registered in etcd yet"),
 		older: cfg.Seen.Older, identities: maps.Clone(node.Identities),
 	}
+	m.peers.ended = make(chan registration, 64)
 	m.revision.Store(cfg.Seen.Revision)
 	m.at.Store(cfg.Seen.At)
 	return m
@@ -287,9 +288,28 @@ func (b *backoff) sleep(ctx context.Context) bool {
 	}
 }
 
+// asker is the key of who wants what is done, in a context.
+type asker struct{}
+
+// By has the audit lines of what is done with the context say who wants it, where they do
+// not say so already.
+func By(ctx context.Context, by string) context.Context {
+	if by == "" {
+		return ctx
+	}
+	return context.WithValue(ctx, asker{}, by)
+}
+
+// Wanted says who wants what is done with a context; "" for nobody.
+func Wanted(ctx context.Context) string {
+	by, _ := ctx.Value(asker{}).(string)
+	return by
+}
+
 // audit is the line that goes into the transaction of a change, or nothing while
 // there is no lease for it.
-func (m *Map) audit(line auditLine) []Op {
+func (m *Map) audit(ctx context.Context, line auditLine) []Op {
+	line.By = cmp.Or(line.By, Wanted(ctx))
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.bucket.lease == 0 {

@@ -2,8 +2,10 @@ package ownership
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"testing"
+	"time"
 )
 
 // tenThousand is a mirror of as many volumes on a hundred nodes, and the keys of their
@@ -89,4 +91,36 @@ func BenchmarkObserver(b *testing.B) {
 			r.state()
 		}
 	})
+}
+
+// When nodes lapsed is forgotten once nothing depends on it: not of one that is silent,
+// nor within the breaker's window.
+func TestLapsesAreForgotten(t *testing.T) {
+	var p peers
+	at := func(seconds int) time.Duration { return time.Duration(seconds) * time.Second }
+	come := func(node string) { p.see(KeyEvent{KV: KV{Key: node, ModRevision: 1}}, 0) }
+	gone := func(node string, seconds int) { p.see(KeyEvent{KV: KV{Key: node}, Deleted: true}, at(seconds)) }
+	want := func(nodes ...string) {
+		t.Helper()
+		if got := slices.Sorted(maps.Keys(p.lapsed)); !slices.Equal(got, nodes) {
+			t.Errorf("remembered are %v, want %v", got, nodes)
+		}
+	}
+	p.list(nil, at(1))
+	for _, node := range []string{"back", "silent", "third"} {
+		come(node)
+	}
+	gone("back", 10)
+	gone("silent", 10)
+	come("back")
+	gone("third", 69)
+	want("back", "silent", "third") // within the window
+	come("third")
+	gone("third", 70)
+	want("silent", "third")
+	p.broke()
+	p.list(nil, at(100)) // silence is counted from here; "back" is gone as well
+	come("third")
+	gone("third", 101)
+	want("back", "third")
 }

@@ -195,6 +195,32 @@ type View struct {
 	Lease     *Lease
 }
 
+// The states of a volume, as far as the map knows them; a phase other than ready is one, too.
+const (
+	StateFree   = "free"
+	StateOwned  = "owned"
+	StateSilent = "owner not responding"
+	StateTaken  = "being taken over"
+)
+
+// State is how the volume is, in words for users, with more about it where there is more
+// to say.
+func (v *View) State() (state, detail string) {
+	switch {
+	case v.Volume.Phase == PhaseCreating:
+		return string(PhaseCreating), "if the host that makes it was stopped, the next mount finishes it, and it can be removed"
+	case v.Volume.Phase != PhaseReady:
+		return string(v.Volume.Phase), v.Volume.Reason
+	case v.Owner == nil:
+		return StateFree, ""
+	case v.Owner.Pending != nil:
+		return StateTaken, "from host " + v.Owner.Pending.Host
+	case !v.OwnerLive:
+		return StateSilent, "host " + v.Owner.Host + " has not been heard from"
+	}
+	return StateOwned, ""
+}
+
 // The error classes. Compare with errors.Is.
 var (
 	// ErrNotFound: there is no such volume.
@@ -220,6 +246,28 @@ func (e *RefusedError) Is(target error) bool { return target == ErrConflict }
 
 func refused(format string, args ...any) error { return &RefusedError{fmt.Sprintf(format, args...)} }
 
+// TakenError says that a new volume cannot have its name or its id. It matches
+// ErrConflict.
+type TakenError struct {
+	Name, ID string
+	// By is the id of the volume that has the name; "" if it is the id that belongs to
+	// another volume, or did.
+	By string
+}
+
+func (e *TakenError) Error() string {
+	switch e.By {
+	case "":
+		return fmt.Sprintf("create volume %s: id %s belongs to another volume, or did", e.Name, e.ID)
+	case e.ID:
+		return fmt.Sprintf("volume %s, of the id %s, has been made already", e.Name, e.ID)
+	}
+	return fmt.Sprintf("the name %s is in use by another volume (id %s): choose another name, or remove that one first", e.Name, e.By)
+}
+
+// Is makes it an ErrConflict.
+func (e *TakenError) Is(target error) bool { return target == ErrConflict }
+
 // NoHostError says that no node has a host name or an id.
 type NoHostError struct {
 	Host string
@@ -230,6 +278,35 @@ type NoHostError struct {
 func (e *NoHostError) Error() string {
 	return fmt.Sprintf("no host %q is known; there are: %s", e.Host, strings.Join(e.Known, ", "))
 }
+
+// AmbiguousError says that several nodes have a host name. It matches ErrConflict.
+type AmbiguousError struct {
+	Host string
+	IDs  []string
+}
+
+func (e *AmbiguousError) Error() string {
+	return fmt.Sprintf("%d nodes have the host name %s; say which one by its id: %s", len(e.IDs), e.Host, strings.Join(e.IDs, ", "))
+}
+
+// Is makes it an ErrConflict.
+func (e *AmbiguousError) Is(target error) bool { return target == ErrConflict }
+
+// NodeStateError says that a node gets nothing more, or has gone. It matches ErrConflict.
+type NodeStateError struct {
+	Node Node
+}
+
+func (e *NodeStateError) Error() string {
+	host := e.Node.Host
+	if e.Node.State == Cordoned {
+		return fmt.Sprintf("host %s is cordoned: choose another host, or type: docker flocker node uncordon %s", host, host)
+	}
+	return fmt.Sprintf("host %s is marked %s in the cluster: choose another host", host, e.Node.State)
+}
+
+// Is makes it an ErrConflict.
+func (e *NodeStateError) Is(target error) bool { return target == ErrConflict }
 
 // PhaseError says that a volume is not ready to be used. For one that is being
 // deleted it matches ErrNotFound.

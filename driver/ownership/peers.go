@@ -3,6 +3,7 @@ package ownership
 import (
 	"context"
 	"fmt"
+	"maps"
 	"sync"
 	"time"
 )
@@ -13,11 +14,20 @@ type peers struct {
 	// whole says that the watch is unbroken, and since from when on.
 	whole bool
 	since time.Duration
-	// live are the live nodes, as far as they have been seen; kept when the watch
-	// breaks, so that it shows who has lapsed meanwhile.
-	live map[string]bool
-	// lapsed is when a node was last seen to lapse.
+	// live are the live nodes, as far as they have been seen, each with the revision of
+	// its registration; kept when the watch breaks, so that it shows who has lapsed
+	// meanwhile.
+	live map[string]int64
+	// lapsed is when a node was last seen to lapse, as long as anything depends on it.
 	lapsed map[string]time.Duration
+	// ended are the registrations that were seen to end, to be told once.
+	ended chan registration
+}
+
+// registration is one of a node, by its revision.
+type registration struct {
+	node     string
+	revision int64
 }
 
 // The breaker: when so many nodes lapse within a window, it is more likely that
@@ -54,7 +64,7 @@ func (m *Map) Silence(node string) (silent time.Duration, ok bool) {
 	p := &m.peers
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !p.whole || p.live[node] {
+	if !p.whole || p.live[node] != 0 {
 		return 0, false
 	}
 	return max(0, m.cfg.Now()-max(since, p.since, p.lapsed[node])), true
@@ -74,7 +84,7 @@ func (m *Map) Storm() error {
 			continue
 		}
 		storm.Lapsed++
-		if !p.live[node] {
+		if p.live[node] == 0 {
 			storm.Of++
 		}
 	}
@@ -86,14 +96,14 @@ func (m *Map) Storm() error {
 
 // list takes over a list of the live nodes.
 func (p *peers) list(kvs []KV, now time.Duration) {
-	live := make(map[string]bool, len(kvs))
+	live := make(map[string]int64, len(kvs))
 	for _, kv := range kvs {
-		live[last(kv.Key)] = true
+		live[last(kv.Key)] = kv.ModRevision
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for node := range p.live {
-		if !live[node] {
+		if live[node] == 0 {
 			p.lapse(node, now)
 		}
 	}
@@ -109,10 +119,10 @@ func (p *peers) see(ev KeyEvent, now time.Duration) {
 	defer p.mu.Unlock()
 	node := last(ev.KV.Key)
 	if !ev.Deleted {
-		p.live[node] = true
+		p.live[node] = ev.KV.ModRevision
 		return
 	}
-	if p.live[node] {
+	if p.live[node] != 0 {
 		p.lapse(node, now)
 	}
 	delete(p.live, node)
@@ -123,6 +133,13 @@ func (p *peers) lapse(node string, now time.Duration) {
 		p.lapsed = map[string]time.Duration{}
 	}
 	p.lapsed[node] = now
+	maps.DeleteFunc(p.lapsed, func(node string, at time.Duration) bool {
+		return now-at >= stormWindow && (p.live[node] != 0 || at <= p.since)
+	})
+	select {
+	case p.ended <- registration{node, p.live[node]}:
+	default: // others may have seen it, too
+	}
 }
 
 func (p *peers) broke() {
@@ -181,4 +198,53 @@ func (m *Map) followPeers(ctx context.Context) (whole bool) {
 			m.peers.see(ev, m.cfg.Now())
 		}
 	}
+}
+
+// tellTries is how often this node tries to tell that another one is silent.
+const tellTries = 10
+
+// tellEnds writes an audit line for each registration that was seen to end.
+func (m *Map) tellEnds(ctx context.Context) {
+	for {
+		select {
+		case r := <-m.peers.ended:
+			wait := backoff{first: m.cfg.Renew / 4, most: m.cfg.Timeout}
+			for range tellTries {
+				if !wait.sleep(ctx) || m.tellEnd(ctx, r) == nil {
+					break
+				}
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// tellEnd writes that a node is silent, unless it is back. All nodes see it: the line has a
+// key of which there is only one, so that the first to come writes it.
+func (m *Map) tellEnd(ctx context.Context, r registration) error {
+	if err := m.Live(); err != nil {
+		return err
+	}
+	now, name := time.Now(), fmt.Sprintf("silent-%d", r.revision)
+	txn := Txn{
+		If:   []Cmp{none(m.live(r.node))},
+		Then: m.audit(ctx, auditLine{What: "silent", To: r.node, Op: newOp()}),
+	}
+	reads := []Op{get(m.live(r.node))}
+	for _, at := range []time.Time{now.Add(-time.Hour), now, now.Add(time.Hour)} { // by the clocks of others
+		key := m.lineKey(hour(at), r.node, name)
+		txn.If, reads = append(txn.If, none(key)), append(reads, get(key))
+	}
+	res, err := m.read(ctx, reads...) // which costs etcd less
+	for i := range reads {
+		if err != nil || res.kv(i) != nil {
+			return err
+		}
+	}
+	if len(txn.Then) > 0 {
+		txn.Then[0].Key = m.lineKey(hour(now), r.node, name)
+		_, err = m.write(ctx, txn)
+	}
+	return err
 }

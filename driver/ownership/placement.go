@@ -81,7 +81,8 @@ func (l Lease) Until() string {
 
 // Place says that a volume is to be on a host, given by its name or its node's id. by is
 // who wants it. Said already, it stays as it is. *PhaseError if the volume is
-// quarantined, or deleted; an error if the host is unknown, cordoned or removed.
+// quarantined, or deleted; *NoHostError, *AmbiguousError or *NodeStateError if the host is
+// unknown, one of several, or cordoned or removed.
 func (m *Map) Place(ctx context.Context, vid, host, by string) (Placement, error) {
 	if !validID(vid) {
 		return Placement{}, noSuch(vid)
@@ -142,7 +143,7 @@ func (m *Map) place(ctx context.Context, node Node, revision int64, from, vid, b
 	res, err := m.write(ctx, Txn{
 		If: append(also, mod(key, revision)),
 		Then: append([]Op{put(key, encode(p))},
-			m.audit(auditLine{What: "place", Volume: vid, From: from, To: node.ID, By: by, Op: p.Op})...),
+			m.audit(ctx, auditLine{What: "place", Volume: vid, From: from, To: node.ID, By: by, Op: p.Op})...),
 		Else: []Op{get(key)},
 	})
 	switch {
@@ -160,13 +161,10 @@ func (m *Map) place(ctx context.Context, node Node, revision int64, from, vid, b
 
 // serves is an error for a node that is to get nothing more.
 func (n Node) serves() error {
-	switch n.State {
-	case "":
+	if n.State == "" {
 		return nil
-	case Cordoned:
-		return refused("host %s is cordoned: choose another host, or type: docker flocker node uncordon %s", n.Host, n.Host)
 	}
-	return refused("host %s is marked %s in the cluster: choose another host", n.Host, n.State)
+	return &NodeStateError{n}
 }
 
 // Unplace takes a placement away. nil if there is none.
@@ -181,7 +179,7 @@ func (m *Map) unplace(ctx context.Context, vid, by string, still Cmp) error {
 	_, err := m.write(ctx, Txn{
 		If: []Cmp{still},
 		Then: append([]Op{del(m.placement(vid))},
-			m.audit(auditLine{What: "place nowhere", Volume: vid, By: by, Op: newOp()})...),
+			m.audit(ctx, auditLine{What: "place nowhere", Volume: vid, By: by, Op: newOp()})...),
 	})
 	return err
 }
@@ -202,27 +200,62 @@ func (m *Map) Vacate(ctx context.Context, nid, by string) ([]Placement, error) {
 
 // Placed returns the placements on a node, or all with "", by volume.
 func (m *Map) Placed(ctx context.Context, nid string) ([]Placement, error) {
+	all, _, err := m.Placements(ctx)
+	return slices.DeleteFunc(all, func(p Placement) bool { return nid != "" && p.Node != nid }), err
+}
+
+// Placements returns all placements, and the revision of etcd at which they were so.
+func (m *Map) Placements(ctx context.Context) (all []Placement, revision int64, err error) {
 	res, err := m.read(ctx, getPrefix(m.placement("")))
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
-	var all []Placement
 	for _, kv := range res.Results[0].KVs {
 		p, err := decodePlacement(kv)
 		if err != nil {
 			m.broken(err)
-		} else if nid == "" || p.Node == nid {
+		} else {
 			all = append(all, p)
 		}
 	}
-	return all, nil
+	return all, res.Revision, nil
 }
 
-// WatchPlacements wakes up when a placement changes, in the manner of WatchVolume.
-func (m *Map) WatchPlacements(ctx context.Context) <-chan struct{} {
-	wake := make(chan struct{}, 1)
-	go m.follow(ctx, m.placement(""), true, wake)
-	return wake
+// PlacementChanges are what has happened to placements since the last ones.
+type PlacementChanges struct {
+	// Begins says that what happened before is not known. Whoever lists the placements now
+	// misses nothing.
+	Begins bool
+	// Changed are in order; without a Node the volume is placed nowhere. Revision is that
+	// of the change.
+	Changed []Placement
+}
+
+// FollowPlacements tells what happens to placements until ctx ends. The channel is never
+// closed.
+func (m *Map) FollowPlacements(ctx context.Context) <-chan PlacementChanges {
+	changes := make(chan PlacementChanges)
+	go m.followEach(ctx, m.placement(""), true, func(begins bool, events []KeyEvent) {
+		c := PlacementChanges{Begins: begins}
+		for _, ev := range events {
+			p, err := Placement{}, error(nil)
+			if !ev.Deleted {
+				p, err = decodePlacement(ev.KV)
+			}
+			if err != nil {
+				m.broken(err)
+			}
+			if err != nil || ev.Deleted {
+				p = Placement{Volume: last(ev.KV.Key), Revision: ev.KV.ModRevision}
+			}
+			c.Changed = append(c.Changed, p)
+		}
+		select {
+		case changes <- c:
+		case <-ctx.Done():
+		}
+	})
+	return changes
 }
 
 // WatchOwner wakes up when the owner of a volume changes, in the manner of WatchVolume.
@@ -331,7 +364,7 @@ func (m *Map) Lease(ctx context.Context, vid, node string, ttl *time.Duration, b
 		res, err = m.write(ctx, Txn{
 			If: []Cmp{mod(key, revisionOf(was)), mod(m.vol(vid), revisionOf(res.kv(0)))},
 			Then: append([]Op{putOn(on, key, encode(l))},
-				m.audit(auditLine{What: what, Volume: vid, To: l.Node, Detail: l.Until(), By: by, Op: l.Op})...),
+				m.audit(ctx, auditLine{What: what, Volume: vid, To: l.Node, Detail: l.Until(), By: by, Op: l.Op})...),
 			Else: []Op{get(key)},
 		})
 		if err != nil {
@@ -370,7 +403,7 @@ func (m *Map) Unlease(ctx context.Context, vid, by string) (Lease, error) {
 		res, err := m.write(ctx, Txn{
 			If: []Cmp{mod(key, was.Revision)},
 			Then: append([]Op{del(key)},
-				m.audit(auditLine{What: "give lease back", Volume: vid, From: was.Node, By: by, Op: newOp()})...),
+				m.audit(ctx, auditLine{What: "give lease back", Volume: vid, From: was.Node, By: by, Op: newOp()})...),
 			Else: []Op{get(key)},
 		})
 		switch {
@@ -407,7 +440,7 @@ const (
 )
 
 // SetNodeState cordons a node, given by its host's name or its id, or puts it back into
-// service with "".
+// service with "". *NoHostError, *AmbiguousError, or *NodeStateError if it was removed.
 func (m *Map) SetNodeState(ctx context.Context, host, state, by string) (Node, error) {
 	if state != "" && state != Cordoned {
 		return Node{}, fmt.Errorf("%q is no state for a host", state)
@@ -486,7 +519,7 @@ func (m *Map) setState(ctx context.Context, host, state string, line auditLine, 
 			txn.If = append(txn.If, c(n))
 		}
 		line.To, line.Op = n.ID, newOp()
-		txn.Then = append([]Op{put(m.node(n.ID), encode(n))}, m.audit(line)...)
+		txn.Then = append([]Op{put(m.node(n.ID), encode(n))}, m.audit(ctx, line)...)
 		res, err := m.write(ctx, txn)
 		switch {
 		case err != nil:

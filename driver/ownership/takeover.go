@@ -63,7 +63,7 @@ func (m *Map) Seize(ctx context.Context, from Owner, grounds Grounds) (Owner, Vo
 		res, err = m.write(ctx, Txn{
 			If: append(hold, mod(m.own(vid), from.Token), has(m.vol(vid)), onLease(m.live(m.me.ID), lease)),
 			Then: append([]Op{put(m.own(vid), encode(o)), get(m.vol(vid))},
-				m.audit(auditLine{What: "take over", Volume: vid, From: pending.Node, Token: from.Token, Detail: detail, Op: o.Op})...),
+				m.audit(ctx, auditLine{What: "take over", Volume: vid, From: pending.Node, Token: from.Token, Detail: detail, Op: o.Op})...),
 			Else: reads,
 		})
 		if err != nil {

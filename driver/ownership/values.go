@@ -50,7 +50,7 @@ type auditLine struct {
 	To     string    `json:"to,omitempty"`
 	Token  int64     `json:"token,omitempty"`
 	Detail string    `json:"detail,omitempty"`
-	By     string    `json:"by,omitempty"` // the operator who wanted it
+	By     string    `json:"by,omitempty"` // who wanted it
 	Op     string    `json:"op"`
 }
 

@@ -250,7 +250,7 @@ func (m *Map) requests(kvs []KV) []Request {
 
 // Create makes v, with phase creating and not formatted, unless its name is
 // taken: then the volume of that name is returned, and created is false. It
-// needs v.ID and v.Name.
+// needs v.ID and v.Name. *TakenError if the id is, or was, of another name.
 //
 // What was created is to be made by the backend, with v.ID as its idempotency
 // key, and then reported by Ready. Any node that finds a volume in phase
@@ -270,7 +270,7 @@ func (m *Map) Create(ctx context.Context, v Volume) (stored Volume, created bool
 			Then: append([]Op{
 				put(m.name(v.Name), encode(nameValue{Volume: v.ID, Op: v.Op})),
 				put(m.vol(v.ID), encode(v)),
-			}, m.audit(auditLine{What: "create", Volume: v.ID, Op: v.Op})...),
+			}, m.audit(ctx, auditLine{What: "create", Volume: v.ID, Op: v.Op})...),
 			Else: []Op{get(m.name(v.Name)), get(m.vol(v.ID))},
 		})
 		if err != nil {
@@ -285,7 +285,7 @@ func (m *Map) Create(ctx context.Context, v Volume) (stored Volume, created bool
 			return stored, true, err
 		}
 		if res.kv(0) == nil {
-			return Volume{}, false, refused("create volume %s: id %s belongs to another volume, or did", v.Name, v.ID)
+			return Volume{}, false, &TakenError{Name: v.Name, ID: v.ID}
 		}
 		view, err := m.Lookup(ctx, v.Name)
 		if err == nil || !errors.Is(err, ErrNotFound) || try == tries {
@@ -326,7 +326,7 @@ func (m *Map) putVolume(ctx context.Context, v Volume, what string, same func(Vo
 	v.Op = newOp()
 	res, err := m.write(ctx, Txn{
 		If:   []Cmp{mod(m.vol(v.ID), v.Revision)},
-		Then: append([]Op{put(m.vol(v.ID), encode(v))}, m.audit(auditLine{What: what, Volume: v.ID, Op: v.Op})...),
+		Then: append([]Op{put(m.vol(v.ID), encode(v))}, m.audit(ctx, auditLine{What: what, Volume: v.ID, Op: v.Op})...),
 		Else: []Op{get(m.vol(v.ID))},
 	})
 	if err != nil {
@@ -365,7 +365,7 @@ func (m *Map) Formatted(ctx context.Context, vid string, token int64, v Volume) 
 		res, err := m.write(ctx, Txn{
 			If: []Cmp{mod(m.own(vid), token), mod(m.vol(vid), v.Revision)},
 			Then: append([]Op{put(m.vol(vid), encode(v))},
-				m.audit(auditLine{What: "formatted", Volume: vid, Token: token, Op: v.Op})...),
+				m.audit(ctx, auditLine{What: "formatted", Volume: vid, Token: token, Op: v.Op})...),
 			Else: []Op{get(m.own(vid)), get(m.vol(vid))},
 		})
 		if err != nil {
@@ -413,7 +413,7 @@ func (m *Map) Quarantine(ctx context.Context, v Volume, token int64, reason stri
 		res, err := m.write(ctx, Txn{
 			If: []Cmp{mod(m.vol(v.ID), v.Revision), mod(m.own(v.ID), token)},
 			Then: append([]Op{put(m.vol(v.ID), encode(v))},
-				m.audit(auditLine{What: "quarantine", Volume: v.ID, Token: token, Detail: reason, Op: v.Op})...),
+				m.audit(ctx, auditLine{What: "quarantine", Volume: v.ID, Token: token, Detail: reason, Op: v.Op})...),
 			Else: []Op{get(m.own(v.ID)), get(m.vol(v.ID))},
 		})
 		if err != nil {
@@ -467,7 +467,7 @@ func (m *Map) Reinstate(ctx context.Context, vid, by string) (Volume, error) {
 		case v.Op == op: // an earlier send
 			return v, nil
 		case v.Phase != PhaseQuarantined:
-			return Volume{}, fmt.Errorf("volume %s is not quarantined (it is %s), so nothing was changed", v.Name, v.Phase)
+			return Volume{}, refused("volume %s is not quarantined (it is %s), so nothing was changed", v.Name, v.Phase)
 		case try > tries:
 			return Volume{}, changed(vid)
 		}
@@ -476,7 +476,7 @@ func (m *Map) Reinstate(ctx context.Context, vid, by string) (Volume, error) {
 		res, err = m.write(ctx, Txn{
 			If: []Cmp{mod(m.vol(vid), v.Revision)},
 			Then: append([]Op{put(m.vol(vid), encode(v))},
-				m.audit(auditLine{What: "reinstate", Volume: vid, Detail: "was quarantined: " + reason, By: by, Op: op})...),
+				m.audit(ctx, auditLine{What: "reinstate", Volume: vid, Detail: "was quarantined: " + reason, By: by, Op: op})...),
 			Else: []Op{get(m.vol(vid))},
 		})
 		if err != nil {
@@ -518,7 +518,7 @@ func (m *Map) Delete(ctx context.Context, v Volume, token int64) (Volume, error)
 				mod(m.name(v.Name), revisionOf(res.kv(2))),
 			},
 			Then: append([]Op{put(m.vol(v.ID), encode(now)), del(m.placement(v.ID)), del(m.presence(v.ID)), del(m.leaseOf(v.ID))},
-				m.audit(auditLine{What: "delete", Volume: v.ID, Token: token, Op: now.Op})...),
+				m.audit(ctx, auditLine{What: "delete", Volume: v.ID, Token: token, Op: now.Op})...),
 			Else: reads,
 		}
 		if now.Ref != "" { // else it never was one, and its id may be used
@@ -592,7 +592,7 @@ func (m *Map) Purge(ctx context.Context, tombstone Volume) error {
 		If: []Cmp{mod(m.vol(tombstone.ID), tombstone.Revision)},
 		// A claim that was late may have found the tombstone, for which it gets nothing.
 		Then: append([]Op{del(m.vol(tombstone.ID)), del(m.own(tombstone.ID))},
-			m.audit(auditLine{What: "purge", Volume: tombstone.ID, Name: tombstone.Name, Op: newOp()})...),
+			m.audit(ctx, auditLine{What: "purge", Volume: tombstone.ID, Name: tombstone.Name, Op: newOp()})...),
 		Else: []Op{get(m.vol(tombstone.ID))},
 	})
 	if err != nil {

@@ -28,15 +28,20 @@ func (m *Map) WatchRequests(ctx context.Context) <-chan struct{} {
 // follow wakes up at each change of a key, and each time when it begins to watch:
 // what happened before is not known then.
 func (m *Map) follow(ctx context.Context, key string, prefix bool, wake chan<- struct{}) {
-	notify := func() {
+	m.followEach(ctx, key, prefix, func(bool, []KeyEvent) {
 		select {
 		case wake <- struct{}{}:
 		default:
 		}
-	}
+	})
+}
+
+// followEach tells what happens to a key, in order, until ctx ends. begins is true each
+// time when it begins to watch.
+func (m *Map) followEach(ctx context.Context, key string, prefix bool, tell func(begins bool, events []KeyEvent)) {
 	wait := backoff{first: 50 * time.Millisecond, most: m.cfg.Timeout}
 	for {
-		if m.watch(ctx, key, prefix, notify) {
+		if m.watch(ctx, key, prefix, tell) {
 			wait.next = 0
 		}
 		if !wait.sleep(ctx) {
@@ -46,19 +51,21 @@ func (m *Map) follow(ctx context.Context, key string, prefix bool, wake chan<- s
 }
 
 // watch follows one watch to its end. True if it reported any change.
-func (m *Map) watch(ctx context.Context, key string, prefix bool, notify func()) (reported bool) {
+func (m *Map) watch(ctx context.Context, key string, prefix bool, tell func(begins bool, events []KeyEvent)) (reported bool) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	begins := time.AfterFunc(m.cfg.Timeout, cancel)
-	defer begins.Stop()
+	late := time.AfterFunc(m.cfg.Timeout, cancel)
+	defer late.Stop()
+	begins := true
 	for res := range m.store.Watch(ctx, key, prefix, 0) {
-		begins.Stop()
+		late.Stop()
 		if res.Err != nil {
 			m.log.WithError(res.Err).WithField("key", key).Debug("watch ended")
 			break
 		}
 		reported = reported || len(res.Events) > 0
-		notify()
+		tell(begins, res.Events)
+		begins = false
 	}
 	return reported
 }

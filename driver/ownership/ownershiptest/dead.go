@@ -41,6 +41,7 @@ func declareDead(r *rig) {
 	r.join30(twin).dies()
 	_, err = b.DeclareDead(r.Context(), "host-a", said)
 	r.says(err, "2 nodes have the host name host-a; say which one by its id: a, a2")
+	r.is(err, ownership.ErrConflict)
 	other := said
 	other.Boot = "boot-a-2"
 	_, err = b.DeclareDead(r.Context(), "a", other)

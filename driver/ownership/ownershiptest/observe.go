@@ -348,3 +348,54 @@ func changedAfter(r *rig) {
 		}
 	}
 }
+
+// That a node falls silent is one line, however many see it, each time.
+func silentNodes(r *rig) {
+	r.nodes(4)
+	for times := 1; times <= 2; times++ {
+		a := r.nodeTTL("a", 30*time.Second)
+		a.dies()
+		r.eventually("the line", func() bool { return len(r.lines("silent")) >= times })
+		time.Sleep(2 * time.Second) // by now all have seen it
+		lines := r.lines("silent")
+		if len(lines) != times || lines[times-1]["to"] != "a" || lines[times-1]["node"] == "a" {
+			r.Errorf("after %d times it is said %q", times, lines)
+		}
+	}
+	for _, kv := range r.keys("ev", "") {
+		if kv.Version != 1 {
+			r.Errorf("%s was written %d times", kv.Value, kv.Version)
+		}
+	}
+	if n := len(r.lines("register")); n != 6 {
+		r.Errorf("%d registrations, want 4 and 2", n)
+	}
+	// A start of another process of the node is no silence.
+	b := r.node("n0")
+	time.Sleep(2 * time.Second)
+	if lines := r.lines("silent"); len(lines) != 2 {
+		r.Errorf("%s has registered anew: %q", b.Node().ID, lines)
+	}
+}
+
+// Who wants what is done is in the context, unless it is said.
+func by(r *rig) {
+	a := r.node("a")
+	ctx := ownership.By(r.Context(), "user-anna")
+	v, _, err := a.Create(ctx, ownership.Volume{ID: uuid.NewString(), Name: "v"})
+	r.ok(err)
+	v, err = a.Ready(ownership.By(r.Context(), ""), v)
+	r.ok(err)
+	o, _, err := a.Claim(ctx, v.ID)
+	r.ok(err)
+	_, err = a.Place(ctx, v.ID, "a", "eve@x")
+	r.ok(err)
+	_, err = a.Delete(ctx, v, o.Token)
+	r.ok(err)
+	for what, want := range map[string]any{"create": "user-anna", "ready": nil, "claim": "user-anna", "place": "eve@x", "delete": "user-anna"} {
+		lines := r.lines(what)
+		if len(lines) != 1 || lines[0]["by"] != want {
+			r.Errorf("%s is %q, want one by %v", what, lines, want)
+		}
+	}
+}

@@ -117,12 +117,14 @@ func placeRefused(r *rig) {
 	r.ok(err)
 	_, err = a.Place(r.Context(), v.ID, "b", "eve@x")
 	r.says(err, "host host-b is cordoned: choose another host, or type: docker flocker node uncordon host-b")
+	r.ofState(err, "b", ownership.Cordoned)
 	b.stop()
 	r.ok(b.Leave(r.Context()))
 	_, err = a.RemoveNode(r.Context(), "host-b", "eve@x")
 	r.ok(err)
 	_, err = a.Place(r.Context(), v.ID, "host-b", "eve@x")
 	r.says(err, "host host-b is marked removed in the cluster: choose another host")
+	r.ofState(err, "b", ownership.Removed)
 
 	o := a.claim(v.ID)
 	q, err := a.Quarantine(r.Context(), v, o.Token, "it smells")
@@ -168,6 +170,15 @@ func placeAmbiguous(r *rig) {
 	_, err := a.Place(r.Context(), v.ID, "a", "eve@x")
 	r.is(err, ownership.ErrUnavailable)
 	r.is(a.Unplace(r.Context(), v.ID, "eve@x"), ownership.ErrUnavailable)
+}
+
+// ofState demands an error that is about the state of a node.
+func (r *rig) ofState(err error, node, state string) {
+	r.Helper()
+	r.is(err, ownership.ErrConflict)
+	if e, ok := errors.AsType[*ownership.NodeStateError](err); !ok || e.Node.ID != node || e.Node.State != state {
+		r.Errorf("%T %v, want one of node %s that is %s", err, err, node, state)
+	}
 }
 
 func placeTogether(r *rig) {
@@ -220,42 +231,64 @@ func placeHere(r *rig) {
 func placeWatched(r *rig) {
 	a, b := r.node("a"), r.node("b")
 	v := a.volume("v")
-	wake, owner := b.WatchPlacements(r.Context()), b.WatchOwner(r.Context(), v.ID)
-	quiet := func(c <-chan struct{}) {
+	changes, owner := b.FollowPlacements(r.Context()), b.WatchOwner(r.Context(), v.ID)
+	hears := func(what string) ownership.PlacementChanges {
+		r.Helper()
+		select {
+		case c := <-changes:
+			return c
+		case <-time.After(15 * time.Second):
+			r.Fatalf("%s is not told", what)
+		}
+		return ownership.PlacementChanges{}
+	}
+	wakes := func(what string) {
+		r.Helper()
+		select {
+		case <-owner:
+		case <-time.After(15 * time.Second):
+			r.Fatalf("no wake-up for %s", what)
+		}
 		for {
 			select {
-			case <-c:
+			case <-owner:
 			case <-time.After(300 * time.Millisecond):
 				return
 			}
 		}
 	}
-	wakes := func(what string, c <-chan struct{}) {
-		r.Helper()
-		select {
-		case <-c:
-		case <-time.After(15 * time.Second):
-			r.Fatalf("no wake-up for %s", what)
-		}
-		quiet(c)
+	if c := hears("the beginning"); !c.Begins || len(c.Changed) > 0 {
+		r.Errorf("the beginning is %+v", c)
 	}
-	wakes("the beginning", wake)
-	wakes("the beginning", owner)
-	_, err := a.Place(r.Context(), v.ID, "a", "eve@x")
+	wakes("the beginning")
+	p, err := a.Place(r.Context(), v.ID, "a", "eve@x")
 	r.ok(err)
-	wakes("a placement", wake)
+	if c := hears("a placement"); c.Begins || len(c.Changed) != 1 || c.Changed[0] != p {
+		r.Errorf("heard %+v, want %+v", c, p)
+	}
+	all, revision, err := b.Placements(r.Context())
+	if err != nil || len(all) != 1 || all[0] != p || revision < p.Revision {
+		r.Errorf("listed %+v at %d, %v", all, revision, err)
+	}
 	r.ok(a.Unplace(r.Context(), v.ID, "eve@x"))
-	wakes("its end", wake)
+	if c := hears("its end"); c.Begins || len(c.Changed) != 1 || c.Changed[0] != (ownership.Placement{Volume: v.ID, Revision: c.Changed[0].Revision}) ||
+		c.Changed[0].Revision <= revision {
+		r.Errorf("heard %+v of its end", c)
+	}
 	o := a.claim(v.ID)
-	wakes("a claim", owner)
+	wakes("a claim")
 	r.ok(b.Request(r.Context(), o, "mount"))
 	r.ok(b.Withdraw(r.Context(), o))
 	select {
 	case <-owner:
 		r.Error("woken by a request of its own")
-	case <-wake:
-		r.Error("woken by what is no placement")
+	case c := <-changes:
+		r.Errorf("heard %+v, which is no placement's", c)
 	case <-time.After(300 * time.Millisecond):
+	}
+	r.put("{", "place", v.ID)
+	if c := hears("one that cannot be read"); len(c.Changed) != 1 || c.Changed[0].Node != "" {
+		r.Errorf("heard %+v of one that cannot be read", c)
 	}
 }
 
@@ -502,6 +535,7 @@ func removeNode(r *rig) {
 	r.placedOn(a, v.ID, "a")
 	_, err = a.SetNodeState(r.Context(), "b", "", "eve@x")
 	r.says(err, "host host-b is marked removed in the cluster")
+	r.ofState(err, "b", ownership.Removed)
 	// Another node of that name is another one.
 	again := identity("b2")
 	again.Host = "host-b"
@@ -546,8 +580,9 @@ func deletePlaced(r *rig) {
 		}
 	}
 	v := a.volume("free")
-	_, err := a.Delete(r.Context(), v, 0)
+	tombstone, err := a.Delete(r.Context(), v, 0)
 	r.ok(err)
+	r.ok(a.Purge(r.Context(), tombstone)) // nothing but this memory is left of it
 	_, _, err = a.Create(r.Context(), ownership.Volume{ID: v.ID, Name: "other", Backend: "memory", Size: 1 << 30, FS: "ext4"})
 	r.says(err, "id "+v.ID+" belongs to another volume, or did")
 	r.is(err, ownership.ErrConflict)

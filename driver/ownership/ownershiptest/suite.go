@@ -139,6 +139,8 @@ func Run(t *testing.T, cfg Config) {
 		{"Observe", observe},
 		{"ObserveFaults", observeFaults},
 		{"Events", events},
+		{"SilentNodes", silentNodes},
+		{"By", by},
 		{"ChangedAfter", changedAfter},
 	}
 	for _, c := range cases {
