@@ -8,9 +8,7 @@
 package control
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -22,6 +20,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/flocker-plugin/flocker/control/api"
+	"github.com/flocker-plugin/flocker/control/certs"
 	"github.com/flocker-plugin/flocker/driver"
 	"github.com/flocker-plugin/flocker/driver/ownership"
 )
@@ -85,12 +84,17 @@ type Admin struct {
 	version string
 	log     *logrus.Entry
 	mux     *http.ServeMux
+	// certificates are those that are in use on this host.
+	certificates func() []certs.Expiry
 }
 
 // New makes an Admin of the plugin of this version. Every change that is asked for
 // is logged, done or not.
 func New(d Driver, owners Owners, version string, log *logrus.Entry) *Admin {
-	a := &Admin{driver: d, owners: owners, version: version, log: log, mux: http.NewServeMux()}
+	a := &Admin{
+		driver: d, owners: owners, version: version, log: log, mux: http.NewServeMux(),
+		certificates: func() []certs.Expiry { return nil },
+	}
 	a.handle("GET /v1/version", a.about)
 	a.handle("GET /v1/status", a.status)
 	a.handle("GET /v1/volumes", a.volumes)
@@ -111,6 +115,12 @@ func New(d Driver, owners Owners, version string, log *logrus.Entry) *Admin {
 	a.handle("/", func(_ context.Context, r *http.Request) (any, error) {
 		return nil, &refusal{http.StatusNotFound, fmt.Sprintf("there is no request %s %s: is docker-flocker newer than the plugin?", r.Method, r.URL.Path)}
 	})
+	return a
+}
+
+// Certificates has it know when the certificates of this host end.
+func (a *Admin) Certificates(those func() []certs.Expiry) *Admin {
+	a.certificates = those
 	return a
 }
 
@@ -145,41 +155,17 @@ func (a *Admin) answer(w http.ResponseWriter, r *http.Request, ask func(ctx cont
 	if err != nil {
 		status, got = statusOf(err), api.Failure{Error: err.Error()}
 	}
-	var answer bytes.Buffer
-	enc := json.NewEncoder(&answer)
-	enc.SetEscapeHTML(false) // people read these texts
-	_ = enc.Encode(got)      // all of them can be
 	_ = rc.SetWriteDeadline(time.Now().Add(ioLimit))
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
-	_, _ = w.Write(answer.Bytes()) // whoever has gone away may ask again
+	_, _ = w.Write(Encode(got)) // whoever has gone away may ask again
 }
 
 func statusOf(err error) int {
 	if e, ok := errors.AsType[*refusal](err); ok {
 		return e.status
 	}
-	if _, ok := errors.AsType[*driver.InvalidError](err); ok {
-		return http.StatusBadRequest
-	}
-	if _, ok := errors.AsType[*ownership.NoHostError](err); ok {
-		return http.StatusNotFound
-	}
-	_, live := errors.AsType[*ownership.LiveError](err)
-	_, busy := errors.AsType[*ownership.BusyError](err)
-	_, leased := errors.AsType[*ownership.LeasedError](err)
-	_, held := errors.AsType[*ownership.HeldError](err)
-	switch {
-	case live, busy, leased, held:
-		return http.StatusConflict
-	case errors.Is(err, ownership.ErrNotFound):
-		return http.StatusNotFound
-	case errors.Is(err, ownership.ErrConflict):
-		return http.StatusConflict
-	case errors.Is(err, ownership.ErrUnavailable), errors.Is(err, context.DeadlineExceeded):
-		return http.StatusServiceUnavailable
-	}
-	return http.StatusInternalServerError
+	return Status(err)
 }
 
 func (a *Admin) nodes(ctx context.Context, _ *http.Request) (any, error) {
@@ -189,7 +175,7 @@ func (a *Admin) nodes(ctx context.Context, _ *http.Request) (any, error) {
 	}
 	answer := api.Nodes{Nodes: make([]api.Node, len(all))}
 	for i, n := range all {
-		answer.Nodes[i] = api.Node{ID: n.ID, Host: n.Host, Boot: n.Boot, State: n.State, Live: n.Live, Volumes: n.Owned}
+		answer.Nodes[i] = api.Node{ID: n.ID, Host: n.Host, Address: n.Address, Boot: n.Boot, State: n.State, Live: n.Live, Volumes: n.Owned}
 		if silent, ok := a.owners.Silence(n.ID); ok && !n.Live {
 			seconds := silent.Seconds()
 			answer.Nodes[i].Silent = &seconds
@@ -338,22 +324,19 @@ func (a *Admin) changed(op string, err error, fields logrus.Fields) {
 	log.Info("done as an operator asked")
 }
 
-// decode reads the body, which must be one JSON object with fields that are known:
-// one that is misspelt is not one that was left out.
+// decode reads the body.
 func decode(r *http.Request, body any) error {
-	dec := json.NewDecoder(r.Body)
-	dec.DisallowUnknownFields()
-	err := dec.Decode(body)
-	if err == nil {
-		if _, err = dec.Token(); errors.Is(err, io.EOF) {
-			return nil
-		}
-		return badRequest("the request's body goes on after its JSON object")
-	}
+	data, err := io.ReadAll(r.Body)
 	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
 		return &refusal{http.StatusRequestEntityTooLarge, "the request's body is larger than 64 KiB"}
 	}
-	return badRequest("the request's body is not what it should be: %v", err)
+	if err != nil {
+		return badRequest("the request's body cannot be read: %v", err)
+	}
+	if err := Decode(data, body); err != nil {
+		return badRequest("the request's body %v", err)
+	}
+	return nil
 }
 
 // said refuses a change that nobody wants to have asked for.

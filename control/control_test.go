@@ -72,7 +72,9 @@ func (f *fake) CreateVolume(ctx context.Context, req driver.CreateRequest) (driv
 	return v, f.do(ctx, "create %v", req)
 }
 
-func (f *fake) Remove(ctx context.Context, name string) error { return f.do(ctx, "remove %s", name) }
+func (f *fake) Remove(ctx context.Context, name string) error {
+	return f.do(ctx, "remove %s by %s", name, ownership.Wanted(ctx))
+}
 
 func (f *fake) Move(ctx context.Context, name, host, by string) (ownership.Placement, error) {
 	return ownership.Placement{Node: "n/2", Host: host}, f.do(ctx, "move %s to %q by %s", name, host, by)
@@ -153,7 +155,7 @@ func TestNodes(t *testing.T) {
 	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	f := &fake{
 		nodes: []ownership.NodeStatus{
-			{Node: ownership.Node{ID: "n1", Host: "a", Boot: "b1", Session: "secret"}, Live: true, Owned: 2},
+			{Node: ownership.Node{ID: "n1", Host: "a", Boot: "b1", Address: "10.0.0.1", Session: "secret"}, Live: true, Owned: 2},
 			{Node: ownership.Node{ID: "n2", Host: "b", Boot: "b2", State: "cordoned"}, Owned: 1},
 			{Node: ownership.Node{ID: "n3", Host: "c", Boot: "b3"}},
 			{
@@ -166,7 +168,7 @@ func TestNodes(t *testing.T) {
 	}
 	status, got, logged := ask(t, f, "GET", "/v1/nodes", "")
 	want := `{"nodes":[` +
-		`{"id":"n1","host":"a","boot":"b1","live":true,"volumes":2},` +
+		`{"id":"n1","host":"a","address":"10.0.0.1","boot":"b1","live":true,"volumes":2},` +
 		`{"id":"n2","host":"b","boot":"b2","state":"cordoned","live":false,"silent_seconds":34.5,"volumes":1},` +
 		`{"id":"n3","host":"c","boot":"b3","live":false,"volumes":0},` +
 		`{"id":"n4","host":"d","boot":"b4","live":false,"volumes":0,"death":{"node":"n4","host":"d","boot":"b4","because":"burnt","by":"anna@a","at":"2026-01-02T03:04:05Z","forced":true}}]}`
@@ -239,9 +241,9 @@ func TestChanges(t *testing.T) {
 		{
 			"POST", "/v1/volumes", `{"name":"db","id":"7","options":{"size":"1G"},"labels":{"a b":"c"},"by":"anna@b"}`,
 			`{"name":"db","id":"7","state":"free","placement":"b","placement_error":"it rains","bytes":0,"filesystem":"","backend":"","labels":{"a b":"c"},"created":"0001-01-01T00:00:00Z"}`,
-			"create {db 7 map[size:1G] map[a b:c] anna@b}", done + "by=anna@b op=create volume=db",
+			"create {db 7 map[size:1G] map[a b:c] false anna@b}", done + "by=anna@b op=create volume=db",
 		},
-		{"DELETE", "/v1/volumes/db", by, "{}", "remove db", done + "by=anna@b op=remove volume=db"},
+		{"DELETE", "/v1/volumes/db", by, "{}", "remove db by anna@b", done + "by=anna@b op=remove volume=db"},
 		{
 			"POST", "/v1/volumes/db/move", `{"host":"b","by":"anna@b"}`, `{"volume":"db","host":"b","node":"n/2"}`,
 			`move db to "b" by anna@b`, done + "by=anna@b host=b op=move volume=db",
@@ -304,6 +306,10 @@ func TestFailures(t *testing.T) {
 		{"/v1/volumes", `{"name":"db","by":"anna@b"}`, &driver.InvalidError{Err: errors.New("size is odd")}, 400, "size is odd"},
 		{"/v1/volumes", `{"name":"db","by":"anna@b"}`, &ownership.RefusedError{Text: "the name db is in use"}, 409, "the name db is in use"},
 		{"/v1/volumes/db/move", `{"host":"c","by":"anna@b"}`, fmt.Errorf("volume db: %w", &ownership.NoHostError{Host: "c", Known: []string{"a", "b"}}), 404, `volume db: no host \"c\" is known; there are: a, b`},
+		{"/v1/volumes/db/move", `{"host":"c","by":"anna@b"}`, fmt.Errorf("volume db: %w", &ownership.AmbiguousError{Host: "c", IDs: []string{"n1", "n2"}}), 409, `volume db: 2 nodes have the host name c; say which one by its id: n1, n2`},
+		{"/v1/volumes/db/move", `{"host":"c","by":"anna@b"}`, fmt.Errorf("volume db: %w", &ownership.NodeStateError{Node: ownership.Node{Host: "c", State: "lost"}}), 409, `volume db: host c is marked lost in the cluster: choose another host`},
+		{"/v1/volumes/db/move", `{"host":"c","by":"anna@b"}`, &ownership.PhaseError{Volume: ownership.Volume{Name: "db", Phase: ownership.PhaseQuarantined, Reason: "torn"}}, 409, "volume db is quarantined: torn"},
+		{"/v1/nodes/c/cordon", `{"by":"anna@b"}`, &ownership.NoHostError{Host: "c", Known: []string{"a"}}, 404, `no host \"c\" is known; there are: a`},
 		{"/v1/nodes/a/drain", `{"by":"anna@b"}`, &ownership.BusyError{Volume: "db", Reply: ownership.Reply{Host: "a"}}, 409, "volume db is in use on host a"},
 		{"/v1/nodes/a/cordon", `{"by":"anna@b"}`, &ownership.LeasedError{Lease: ownership.Lease{Volume: "v1", Node: "n1"}}, 409, "volume v1 is leased to node n1 until it is given back"},
 	} {

@@ -1,11 +1,8 @@
 package control
 
 import (
-	"bytes"
 	"cmp"
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
@@ -118,13 +115,6 @@ func when(since string) (time.Time, error) {
 	return t, nil
 }
 
-func gone(err error) error {
-	if e, ok := errors.AsType[*ownership.GoneError](err); ok {
-		return &refusal{http.StatusGone, e.Error()}
-	}
-	return err
-}
-
 func (e *events) list(ctx context.Context, r *http.Request) (any, error) {
 	q, err := e.query(ctx, r.URL.Query())
 	if err != nil {
@@ -135,7 +125,7 @@ func (e *events) list(ctx context.Context, r *http.Request) (any, error) {
 	for {
 		some, next, err := e.o.Events(ctx, answer.Next, mostEvents)
 		if err != nil {
-			return nil, gone(err)
+			return nil, err
 		}
 		for _, ev := range some {
 			if q.wants(ev) {
@@ -170,19 +160,15 @@ func (e *events) begin(r *http.Request) (q eventQuery, leave func(), err error) 
 	if err != nil {
 		leave()
 	}
-	return q, leave, gone(err)
+	return q, leave, err
 }
 
 // follow writes lines until the client goes away, or does not read them.
 func (e *events) follow(w http.ResponseWriter, r *http.Request, q eventQuery) {
 	rc := http.NewResponseController(w)
 	line := func(l api.EventLine) error {
-		var b bytes.Buffer
-		enc := json.NewEncoder(&b)
-		enc.SetEscapeHTML(false)
-		_ = enc.Encode(l) // it can be
 		_ = rc.SetWriteDeadline(time.Now().Add(ioLimit))
-		_, err := w.Write(b.Bytes())
+		_, err := w.Write(Encode(l))
 		return cmp.Or(err, rc.Flush())
 	}
 	_ = rc.SetReadDeadline(time.Time{}) // nothing more is expected

@@ -8,6 +8,7 @@ import (
 
 	"github.com/flocker-plugin/flocker/control/api"
 	"github.com/flocker-plugin/flocker/driver"
+	"github.com/flocker-plugin/flocker/driver/ownership"
 )
 
 func (a *Admin) create(ctx context.Context, r *http.Request) (any, error) {
@@ -31,7 +32,7 @@ func (a *Admin) remove(ctx context.Context, r *http.Request) (any, error) {
 		return nil, err
 	}
 	name := r.PathValue("name")
-	err = a.driver.Remove(ctx, name)
+	err = a.driver.Remove(ownership.By(ctx, by), name)
 	a.changed("remove", err, logrus.Fields{"volume": name, "by": by})
 	return api.Done{}, err
 }
@@ -78,7 +79,7 @@ func (a *Admin) drain(ctx context.Context, r *http.Request) (any, error) {
 		return nil, err
 	}
 	host := r.PathValue("host")
-	got, err := a.driver.Drain(ctx, host, by)
+	got, err := a.driver.Drain(ownership.By(ctx, by), host, by)
 	a.changed("drain", err, logrus.Fields{"host": host, "by": by})
 	answer := api.Drained{Released: append([]string{}, got.Released...), Moving: append([]string{}, got.Moving...), Busy: []api.Busy{}}
 	for _, b := range got.Busy {

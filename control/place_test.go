@@ -59,7 +59,7 @@ func TestClientChanges(t *testing.T) {
 	}
 	ok(c.RemoveNode(ctx, "b", by))
 	want := []string{
-		"create {db  map[] map[] anna@b}", "remove d/b", `move db to "b" by anna@b`, "cordon n/2 by anna@b: true",
+		"create {db  map[] map[] false anna@b}", "remove d/b by anna@b", `move db to "b" by anna@b`, "cordon n/2 by anna@b: true",
 		"cordon b by anna@b: false", "drain b by anna@b", "remove node b by anna@b",
 	}
 	if !reflect.DeepEqual(f.calls, want) {

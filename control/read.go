@@ -8,8 +8,10 @@ import (
 	"net/http"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/flocker-plugin/flocker/control/api"
+	"github.com/flocker-plugin/flocker/control/certs"
 	"github.com/flocker-plugin/flocker/driver"
 	"github.com/flocker-plugin/flocker/driver/ownership"
 )
@@ -109,6 +111,11 @@ func (a *Admin) status(ctx context.Context, _ *http.Request) (any, error) {
 		}
 		answer.Hosts[state]++
 	}
+	for _, e := range a.certificates() {
+		if text := e.Warning(time.Now()); text != "" {
+			look("%s: %s", text, certs.Renewal)
+		}
+	}
 	volumes, _ := a.driver.Survey(ctx)
 	for _, v := range volumes {
 		shown := volume(v)
@@ -116,8 +123,12 @@ func (a *Admin) status(ctx context.Context, _ *http.Request) (any, error) {
 		switch shown.State {
 		case string(ownership.PhaseQuarantined):
 			look("volume %s is quarantined: %s; when it is seen to, type: docker flocker volume reinstate %s", v.Name, shown.Detail, v.Name)
-		case "lost", "being taken over":
+		case "lost", ownership.StateTaken:
 			look("volume %s is %s: %s", v.Name, shown.State, shown.Detail)
+		case string(ownership.PhaseCreating):
+			if time.Since(v.CreatedAt) > unfinished {
+				look("volume %s is being made since %s: if the host that makes it was stopped, the next mount finishes it, or type: docker flocker rm %s", v.Name, v.CreatedAt.UTC().Format(time.RFC3339), v.Name)
+			}
 		}
 	}
 	if more := len(answer.Attention) - maxAttention; more > 0 {
@@ -125,6 +136,9 @@ func (a *Admin) status(ctx context.Context, _ *http.Request) (any, error) {
 	}
 	return answer, nil
 }
+
+// unfinished is for how long nothing is amiss with a volume that is being made.
+const unfinished = 5 * time.Minute
 
 // maxAttention is how much of what needs attention is told at once.
 const maxAttention = 20
@@ -150,6 +164,9 @@ func (a *Admin) host(ctx context.Context, _ *http.Request) (any, error) {
 	}
 	for _, name := range slices.Sorted(maps.Keys(h.Silent)) {
 		answer.Silent = append(answer.Silent, api.Silent{Backend: name, Error: sentence(h.Silent[name])})
+	}
+	for _, e := range a.certificates() {
+		answer.Certificates = append(answer.Certificates, api.Certificate{File: e.File, Expires: e.At})
 	}
 	for _, s := range servers {
 		answer.Etcd = append(answer.Etcd, api.Server{Endpoint: s.Endpoint, Version: s.Version, Alarms: s.Alarms, Leaderless: s.Leaderless, Error: sentence(s.Err)})

@@ -3,11 +3,17 @@ package control_test
 import (
 	"errors"
 	"fmt"
+	"io"
+	"net/http/httptest"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/sirupsen/logrus"
+
+	"github.com/flocker-plugin/flocker/control"
+	"github.com/flocker-plugin/flocker/control/certs"
 	"github.com/flocker-plugin/flocker/driver"
 	"github.com/flocker-plugin/flocker/driver/ownership"
 )
@@ -92,6 +98,9 @@ func TestStatus(t *testing.T) {
 	gone.State = "removed"
 	const head = `{"host":"a","node":"n1","version":"v1","cluster":"c1",`
 	var many []driver.Volume
+	made := time.Now().Add(-time.Hour).UTC().Truncate(time.Second)
+	half, fresh := volume("half", "creating", ""), volume("fresh", "creating", "")
+	half.CreatedAt, fresh.CreatedAt = made, time.Now()
 	for i := range 30 {
 		many = append(many, volume(fmt.Sprintf("v%02d", i), "lost", "x"))
 	}
@@ -119,6 +128,11 @@ func TestStatus(t *testing.T) {
 				`"volume taken is lost: taken by host b","volume soon is being taken over: from host b"]}`,
 		},
 		{
+			"one whose host was stopped while it made it", &fake{nodes: []ownership.NodeStatus{}, volumes: []driver.Volume{half, fresh}},
+			head + `"hosts":{},"volumes":{"creating":2},"attention":["volume half is being made since ` + made.Format(time.RFC3339) +
+				`: if the host that makes it was stopped, the next mount finishes it, or type: docker flocker rm half"]}`,
+		},
+		{
 			"etcd is away", &fake{nodesErr: errAway, volumes: []driver.Volume{volume("db", "unknown", "")}, stale: true},
 			head + `"etcd_error":"` + unavailable + `","hosts":null,"volumes":{"unknown":1},"attention":["this host cannot use etcd, so nothing can be mounted anew here: ` + unavailable + `"]}`,
 		},
@@ -130,6 +144,23 @@ func TestStatus(t *testing.T) {
 		status, got, logged := ask(t, test.f, "GET", "/v1/status", "")
 		if status != 200 || got != test.want || logged != "" {
 			t.Errorf("%s:\ngot  %d %s %s\nwant 200 %s", test.what, status, got, logged, test.want)
+		}
+	}
+	soon := certs.Expiry{File: "/certs/node.crt", At: time.Now().Add(time.Hour).UTC().Truncate(time.Second)}
+	later := certs.Expiry{File: "/certs/cluster.crt", At: time.Now().Add(certs.Soon + time.Hour).UTC().Truncate(time.Second)}
+	silent := logrus.New()
+	silent.SetOutput(io.Discard)
+	f := &fake{nodes: []ownership.NodeStatus{}}
+	a := control.New(f, f, "v1", logrus.NewEntry(silent)).Certificates(func() []certs.Expiry { return []certs.Expiry{later, soon} })
+	for path, want := range map[string]string{
+		"/v1/status": `"attention":["the certificate /certs/node.crt expires at ` + soon.At.Format(time.RFC3339) + `: make another with docker flocker ca: docs/cli.md, New certificates"]`,
+		"/v1/host": `"certificates":[{"file":"/certs/cluster.crt","expires":"` + later.At.Format(time.RFC3339) + `"},` +
+			`{"file":"/certs/node.crt","expires":"` + soon.At.Format(time.RFC3339) + `"}]`,
+	} {
+		w := httptest.NewRecorder()
+		a.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), "GET", path, nil))
+		if !strings.Contains(w.Body.String(), want) {
+			t.Errorf("%s: %s, want %s", path, w.Body, want)
 		}
 	}
 	_, got, _ := ask(t, &fake{nodes: []ownership.NodeStatus{}, volumes: many}, "GET", "/v1/status", "")

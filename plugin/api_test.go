@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -125,6 +126,59 @@ func TestAPIBegins(t *testing.T) {
 		t.Error("it still listens")
 	}
 	serveAPI(t.Context(), settings{StateDir: stateDir, APIListen: apiOff}, http.NotFoundHandler(), logrus.NewEntry(log)) // which returns
+}
+
+// What ends soon is said in the log, of all that is in use and of nothing else.
+func TestWarnOfExpiry(t *testing.T) {
+	round := expiryRound
+	expiryRound = 10 * time.Millisecond
+	t.Cleanup(func() { expiryRound = round })
+	stateDir := t.TempDir()
+	apiCertificates(t, stateDir) // which are good for an hour, and the authority for years
+	dir := filepath.Join(stateDir, "certs")
+	in := func(file string) string { return filepath.Join(dir, file) }
+	for _, c := range []struct {
+		what string
+		s    settings
+		uses []string
+	}{
+		{"the REST API", settings{StateDir: stateDir, Certs: dir}, []string{in(certs.CAFile), in(certs.ServerFile)}},
+		{"the etcd inside", settings{Certs: dir, APIListen: apiOff, EtcdListen: "10.0.0.1:2379"}, []string{in(certs.CAFile), in(certs.NodeFile)}},
+		{"an etcd, and the REST API", settings{
+			Certs: dir, EtcdEndpoints: []string{"https://etcd:2379"}, EtcdListen: "10.0.0.1:2379",
+			EtcdCACert: in(certs.CAFile), EtcdCert: in(certs.NodeFile), EtcdKey: in(certs.NodeKey),
+		}, []string{in(certs.CAFile), in(certs.ServerFile), in(certs.NodeFile)}},
+		{"neither", settings{Certs: dir, APIListen: apiOff}, nil},
+	} {
+		var uses []string
+		for _, e := range certificates(c.s) {
+			uses = append(uses, e.File)
+		}
+		if !slices.Equal(uses, c.uses) {
+			t.Errorf("%s uses %q, want %q", c.what, uses, c.uses)
+		}
+	}
+
+	var out lockedBuffer
+	log := logrus.New()
+	log.SetOutput(&out)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		warnOfExpiry(ctx, settings{Certs: dir}, logrus.NewEntry(log))
+	}()
+	want := "the certificate " + in(certs.ServerFile) + " expires at "
+	for end := time.Now().Add(patient); strings.Count(out.String(), want) < 2; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("logged %s", out.String())
+		}
+	}
+	cancel()
+	<-done
+	if text := out.String(); strings.Contains(text, certs.CAFile) || !strings.Contains(text, "make another with docker flocker ca: docs/cli.md, New certificates") {
+		t.Errorf("logged %s", text)
+	}
 }
 
 // Two hosts with real devices, and flocker-go over TLS: a dataset is made, is mounted

@@ -107,7 +107,7 @@ aws:
 
 	// What is down says so.
 	const away = "the CSI driver's socket"
-	p.says(t, 0, "/VolumeDriver.Create", create("db", "san"), "create volume db", away, "is the driver running on this host?")
+	p.says(t, 0, "/VolumeDriver.Create", create("db", "san"), `{"Err":"create volume db: Probe: `+away, "is the driver running on this host?")
 	p.says(t, 0, "/VolumeDriver.Create", create("db", "gold"), `there is no backend \"gold\"`, "backends here: aws, loopback, san")
 	p.says(t, 0, "/VolumeDriver.Create", `{"Name":"v","Opts":{"help":"","backend":"san"}}`,
 		`BACKEND   TYPE      CLASS  PROFILES              OPTIONS OF ITS OWN`, `aws       ebs       F1     bronze, gold, silver  volume_type, iops, throughput`,

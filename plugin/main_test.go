@@ -152,23 +152,16 @@ func awaitLive(t *testing.T, socket, boot string) {
 	}
 }
 
-// happened demands these events of a volume, or of all; listed and followed.
+// happened waits for these events of a volume, or of all, and demands that they are listed too.
 func happened(t *testing.T, socket, volume string, want ...string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), starting)
 	defer cancel()
 	client := api.Client{Socket: socket}
 	words := func(e api.Event) string { return strings.TrimSpace(e.What + " " + e.Volume) }
-	var got, followed []string
-	all, err := client.Events(ctx, api.EventQuery{Volume: volume})
-	for _, e := range all.Events {
-		got = append(got, words(e))
-	}
-	if err != nil || !slices.Equal(got, want) {
-		t.Errorf("events: %q, %v, want %q", got, err, want)
-	}
+	var followed, listed []string
 	enough := errors.New("enough")
-	_, err = client.Follow(ctx, api.EventQuery{Volume: volume, Since: "1h"}, func(e api.Event) error {
+	_, err := client.Follow(ctx, api.EventQuery{Volume: volume, Since: "1h"}, func(e api.Event) error {
 		if followed = append(followed, words(e)); len(followed) == len(want) {
 			return enough
 		}
@@ -176,6 +169,13 @@ func happened(t *testing.T, socket, volume string, want ...string) {
 	})
 	if !errors.Is(err, enough) || !slices.Equal(followed, want) {
 		t.Errorf("events that were followed: %q, %v, want %q", followed, err, want)
+	}
+	all, err := client.Events(ctx, api.EventQuery{Volume: volume})
+	for _, e := range all.Events {
+		listed = append(listed, words(e))
+	}
+	if err != nil || !slices.Equal(listed, want) {
+		t.Errorf("events: %q, %v, want %q", listed, err, want)
 	}
 }
 

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/flocker-plugin/flocker/backends/openstack/openstacktest"
 )
 
 // The secrets of backends are in no answer to Docker, no log, no file but their own, and
@@ -32,13 +34,24 @@ func TestSecretsStaySecret(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	nova, rack := openstacktest.New(openstacktest.Config{}, nil), openstacktest.New(openstacktest.Config{Rackspace: true}, nil)
+	defer nova.Close()
+	defer rack.Close()
+	login := filepath.Join(secrets, "login")
+	write(login, openstacktest.Secret+"\n")
 	password, credentials := filepath.Join(secrets, "password"), filepath.Join(secrets, "credentials")
 	write(password, right+"\n")
 	write(credentials, "[default]\naws_access_key_id = AKIAEXAMPLE\naws_secret_access_key = "+cloud+"\naws_session_token = "+cloud+"-token\n")
 	write(filepath.Join(dir, "backends.yaml"), fmt.Sprintf(`
 san: {type: csi, endpoint: %q, fences: true, secret_files: {password: %q}}
 aws: {type: ebs, region: eu-central-1, zone: eu-central-1a, instance_id: i-0123456789abcdef0, endpoint: "http://127.0.0.1:1", credentials_file: %q}
-`, socket, password, credentials))
+nova: {type: openstack, auth_url: %q, username: %q, user_domain: Default, password_file: %q, project_id: %q, server_id: %q}
+app: {type: openstack, auth_url: %q, application_credential_id: %q, application_credential_secret_file: %q, server_id: %q}
+rack: {type: openstack, auth: rackspace, auth_url: %q, region: %q, username: %q, api_key_file: %q, server_id: %q}
+`, socket, password, credentials,
+		nova.URL+"/v3", openstacktest.User, login, openstacktest.Project, nova.AddServer("compute"),
+		nova.URL+"/v3", openstacktest.AppID, login, nova.AddServer("compute"),
+		rack.URL+"/v2.0", openstacktest.RackspaceRegion, openstacktest.User, login, rack.AddServer("compute")))
 	p := plugin(t.Context(), dir, "FLOCKER_ETCD_LISTEN="+etcd, "FLOCKER_LOG_LEVEL=debug").begin(t)
 
 	seen := map[string]string{}
@@ -62,6 +75,17 @@ aws: {type: ebs, region: eu-central-1, zone: eu-central-1a, instance_id: i-01234
 	say("/VolumeDriver.Create", `{"Name":"v","Opts":{"help":"","backend":"san"}}`)
 	if got := say("/VolumeDriver.Create", `{"Name":"cloud","Opts":{"size":"1G","backend":"aws"}}`); !strings.Contains(got, "EC2 in eu-central-1") {
 		t.Errorf("got %s", got)
+	}
+	for name, server := range map[string]*openstacktest.Server{"nova": nova, "app": nova, "rack": rack} {
+		create := `{"Name":"of-` + name + `","Opts":{"size":"100G","backend":"` + name + `"}}`
+		server.SetFaults(openstacktest.Fault{Call: "tokens", Status: 400, Text: "Invalid input for field 'secret': '" + openstacktest.Secret + "' is too short"})
+		server.Expire()
+		p.says(t, starting, "/VolumeDriver.Create", create, "'secret': '***' is too short")
+		server.SetFaults()
+		p.says(t, 3*starting, "/VolumeDriver.Create", create, "{}")
+		say("/VolumeDriver.Get", `{"Name":"of-`+name+`"}`)
+		server.Expire()
+		p.await(t, time.Minute, "/VolumeDriver.Remove", `{"Name":"of-`+name+`"}`, "{}")
 	}
 	write(password, wrong)
 	if got := say("/VolumeDriver.Create", `{"Name":"other","Opts":{"size":"20M","backend":"san"}}`); !strings.Contains(got, "***") {
@@ -105,7 +129,7 @@ aws: {type: ebs, region: eu-central-1, zone: eu-central-1a, instance_id: i-01234
 		t.Fatal(err)
 	}
 	for where, text := range seen {
-		for _, secret := range []string{right, wrong, cloud} {
+		for _, secret := range []string{right, wrong, cloud, openstacktest.Secret} {
 			if strings.Contains(text, secret) {
 				t.Errorf("%s is in %s", secret, where)
 			}

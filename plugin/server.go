@@ -300,7 +300,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		send(w, nil, err) //nolint:errcheck // who sends such requests may miss the answer
 		return
 	}
-	caller := r.Context()
+	caller := ownership.By(r.Context(), "docker")
 	c := &call{endpoint: e}
 	var cancel context.CancelFunc
 	c.ctx, cancel = s.callContext(caller, e)

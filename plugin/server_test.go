@@ -43,6 +43,9 @@ type fakeVerbs struct {
 
 func (f *fakeVerbs) call(ctx context.Context, verb, name string, more ...string) error {
 	f.mu.Lock()
+	if by := ownership.Wanted(ctx); by != "docker" && verb != "Activated" {
+		more = append(more, "by "+by)
+	}
 	f.calls = append(f.calls, strings.Join(append([]string{verb, name}, more...), " "))
 	f.mu.Unlock()
 	if f.hook != nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -92,4 +93,45 @@ func TestListens(t *testing.T) {
 	if probe(t.Context(), socket) == nil {
 		t.Error("nobody listens any more")
 	}
+}
+
+// The host's name of the shared directory is that below Docker's directory, however much
+// of it the mount table knows; it is not known before Docker answers, or has not for long.
+func TestNameOfTheSharedDirectory(t *testing.T) {
+	for source, want := range map[string]string{
+		"/var/lib/docker/plugins/4d1e/propagated-mount": "/srv/docker/plugins/4d1e/propagated-mount",
+		"/plugins/4d1e/propagated-mount":                "/srv/docker/plugins/4d1e/propagated-mount",
+		"/flocker/mnt":                                  "/flocker/mnt",
+	} {
+		if got := hostName(source, "/srv/docker"); got != want {
+			t.Errorf("%s is %s, want %s", source, got, want)
+		}
+	}
+	synctest.Test(t, func(t *testing.T) {
+		inside := filepath.Join(t.TempDir(), "plugins", "4d1e", "propagated-mount") // not mounted
+		var out lockedBuffer
+		r := &sharedRoot{inside: inside, log: newLog(&out, logrus.DebugLevel)}
+		var up atomic.Bool
+		go r.find(t.Context(), func(context.Context) (string, error) {
+			if !up.Load() {
+				return "", errors.New("Docker does not answer")
+			}
+			return "/srv/docker", nil
+		})
+		want := func(after time.Duration, want string) {
+			t.Helper()
+			time.Sleep(after)
+			synctest.Wait()
+			if got := r.path(filepath.Join(inside, "v1", "data")); got != want {
+				t.Errorf("it is %q, want %q", got, want)
+			}
+		}
+		want(dockerPatience/2, "")
+		want(dockerPatience, filepath.Join(inside, "v1", "data"))
+		if n := strings.Count(out.String(), "users of the REST API are told that volumes are below "+inside); n != 1 {
+			t.Errorf("it is said %d times:\n%s", n, out.String())
+		}
+		up.Store(true)
+		want(10*time.Second, "/srv/docker/plugins/4d1e/propagated-mount/v1/data")
+	})
 }

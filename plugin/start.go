@@ -15,6 +15,7 @@ import (
 
 	"github.com/flocker-plugin/flocker/backends"
 	"github.com/flocker-plugin/flocker/control"
+	"github.com/flocker-plugin/flocker/control/certs"
 	"github.com/flocker-plugin/flocker/control/rest"
 	"github.com/flocker-plugin/flocker/driver"
 	"github.com/flocker-plugin/flocker/driver/mount"
@@ -25,12 +26,17 @@ import (
 // ends the process.
 func start(ctx context.Context, s settings, more []configured, srv *server, end func(), log *logrus.Entry) {
 	shared := &sharedDriver{end: end, log: log, isCutOff: func() (bool, error) { return mount.IsCutOff(s.MountRoot) }}
+	engine := driver.NewEngine(s.DockerSocket)
+	var hostPath func(string) string
 	if managed() {
+		root := &sharedRoot{inside: s.MountRoot, log: log}
+		hostPath = root.path
 		var watching sync.WaitGroup
 		defer watching.Wait()
 		watching.Go(func() {
 			shared.watch(ctx, func(ctx context.Context) bool { return probe(ctx, s.DockerSocket) == nil })
 		})
+		watching.Go(func() { root.find(ctx, engine.Root) })
 	}
 	node, err := persist(ctx, log, "node identity", func() (ownership.Node, error) {
 		return driver.LoadNode(s.StateDir, s.Hostname)
@@ -89,8 +95,8 @@ func start(ctx context.Context, s settings, more []configured, srv *server, end 
 	d, err = persist(ctx, log, "driver", func() (*driver.Driver, error) { //nolint:contextcheck // the driver's work ends with Run
 		return driver.New(driver.Config{
 			Node: node, Map: owners, Backends: storage, Backend: s.Backend, Ready: ready,
-			Mounter: &mount.System{}, Docker: driver.NewEngine(s.DockerSocket), Log: log,
-			StateDir: s.StateDir, MountRoot: s.MountRoot,
+			Mounter: &mount.System{}, Docker: engine, Log: log,
+			StateDir: s.StateDir, MountRoot: s.MountRoot, HostPath: hostPath,
 			DefaultSize: s.DefaultSize, DefaultFS: s.DefaultFS,
 			Linger: s.Linger, BusyWait: s.BusyWait, Hold: s.Hold, Reconcile: s.Reconcile,
 		})
@@ -119,8 +125,9 @@ func start(ctx context.Context, s settings, more []configured, srv *server, end 
 		serveAPI(ctx, s, rest.New(rest.Config{Driver: d, Leases: owners, Cluster: observer, Version: version, Log: log}), log)
 	})
 	work.Go(func() {
-		serveControl(ctx, filepath.Join(s.StateDir, "control.sock"), control.New(d, owners, version, log).Observe(observer), log)
+		serveControl(ctx, filepath.Join(s.StateDir, "control.sock"), control.New(d, owners, version, log).Observe(observer).Certificates(func() []certs.Expiry { return certificates(s) }), log)
 	})
+	work.Go(func() { warnOfExpiry(ctx, s, log) })
 }
 
 // openBackends makes this host's backends, and the question whether it may own volumes

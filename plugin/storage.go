@@ -71,8 +71,8 @@ var kinds = map[string]kind{
 		},
 		func(cfg openstack.Config) map[string]string {
 			return map[string]string{
-				"application_credential_secret_file": cfg.ApplicationCredentialSecretFile, "ceph_keyring_file": cfg.CephKeyringFile,
-				"clouds_file": cfg.CloudsFile, "password_file": cfg.PasswordFile,
+				"api_key_file": cfg.APIKeyFile, "application_credential_secret_file": cfg.ApplicationCredentialSecretFile,
+				"ceph_keyring_file": cfg.CephKeyringFile, "clouds_file": cfg.CloudsFile, "password_file": cfg.PasswordFile,
 			}
 		},
 	),

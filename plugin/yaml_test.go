@@ -269,6 +269,7 @@ func TestLoadBackends(t *testing.T) {
 			"drivers that have filesystems only cannot be used yet; max_size 1GiB is less than min_size 2GiB",
 		"\na: {type: ebs, region: mars}":                                      `line 2: backend a: region "mars" is none; write it like eu-central-1`,
 		"a: {type: rbd, pool: p}":                                             "line 1: backend a: conf or monitors is needed: the path of a ceph.conf, or the monitors' addresses",
+		"a: {type: openstack, auth: rackspace}":                               "line 1: backend a: auth: rackspace needs username, api_key_file and region, such as DFW",
 		"a: {type: loopback}":                                                 "line 1: backend a: dir is missing: the absolute path of the directory of its files",
 		"a: {type: loopback, dir: " + state + "/loopback/}":                   "line 1: backend a: dir " + state + "/loopback is that of backend loopback",
 		"a: {type: loopback, dir: /x}\nb: {type: loopback, dir: /y/../x}":     "line 2: backend b: dir /x is that of backend a",
@@ -311,6 +312,13 @@ func TestSecretFiles(t *testing.T) {
 			t.Fatal(err)
 		}
 		is(want)
+	}
+	rack := configured{name: "rack", kind: "openstack", file: "/etc/b.yaml", config: &openstack.Config{Auth: "rackspace", APIKeyFile: secret}}
+	if err := os.Chmod(secret, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := rack.secrets(); err == nil || !strings.HasPrefix(err.Error(), "backend rack: api_key_file of /etc/b.yaml: "+secret+" can be used by every user") {
+		t.Errorf("got %v", err)
 	}
 	if err := errors.Join(os.Remove(secret), os.Mkdir(secret, 0o700)); err != nil {
 		t.Fatal(err)

@@ -113,7 +113,7 @@ func TestSupportBundle(t *testing.T) {
 	}
 	files = unpack(t, made[0])
 	const gone = "no Flocker plugin answers on /nonexistent: is it enabled on this host? (docker plugin ls)\n"
-	if !strings.Contains(files["failed.txt"], "volumes.json: "+gone) || files["volumes.json"] != "" || !strings.Contains(files["doctor.txt"], "plugin    wrong") {
+	if !strings.Contains(files["failed.txt"], "volumes.json: "+gone) || files["volumes.json"] != "" || !strings.Contains(files["doctor.txt"], "plugin         wrong") {
 		t.Errorf("without a plugin: %q", files)
 	}
 }

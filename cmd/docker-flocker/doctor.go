@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/flocker-plugin/flocker/control/api"
+	"github.com/flocker-plugin/flocker/control/certs"
 )
 
 // facts are all that the checks go by.
@@ -41,6 +42,7 @@ var checks = []struct {
 	{"clock", false, false, checkClock},
 	{"plugin", false, false, checkPlugin},
 	{"tools", true, true, checkTools},
+	{"certificates", true, true, checkCertificates},
 	{"etcd", true, false, checkEtcd},
 	{"storage", true, false, checkStorage},
 	{"mounts", true, true, checkMounts},
@@ -86,9 +88,10 @@ func (c *cli) doctor() *cobra.Command {
 		Use:   "doctor",
 		Short: "Look for what is wrong on this host, and say what to do",
 		Long: "Look for what is wrong on this host, and say what to do.\n\n" +
-			"It looks at the kernel, the clock, the plugin and its programs, etcd, the storage,\n" +
-			"and at what is mounted and attached. It changes nothing. It ends with 1 if it has\n" +
-			"found something. What needs attention elsewhere in the cluster is in status.",
+			"It looks at the kernel, the clock, the plugin, its programs and certificates, etcd,\n" +
+			"the storage, and at what is mounted and attached. It changes nothing. It ends\n" +
+			"with 1 if it has found something. What needs attention elsewhere in the cluster is\n" +
+			"in status.",
 		Example: c.example("doctor", "doctor --format json"),
 		Args:    none,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -125,7 +128,14 @@ func (c *cli) printVerdicts(verdicts []verdict) error {
 	}
 	for _, v := range verdicts {
 		if v.State == wrong {
-			fmt.Fprintf(c.out, "\n* %s\n  remedy: %s\n", wrap(v.Check+": "+v.Text, "  "), wrap(v.Remedy, "          "))
+			fmt.Fprintf(c.out, "\n* %s\n  remedy: ", wrap(v.Check+": "+v.Text, "  "))
+			const indent = "          "
+			for i, line := range strings.Split(v.Remedy, "\n") { // what is typed is not cut in two
+				if i > 0 {
+					fmt.Fprint(c.out, indent)
+				}
+				fmt.Fprintln(c.out, wrap(line, indent))
+			}
 		}
 	}
 	return nil
@@ -208,7 +218,7 @@ func checkKernel(f *facts) (found []finding) {
 }
 
 // restart is what to type; containers that run go on meanwhile.
-const restart = "docker plugin disable -f flocker && docker plugin enable flocker"
+const restart = "docker plugin disable -f flocker\ndocker plugin enable --timeout 0 flocker"
 
 func checkTools(f *facts) (found []finding) {
 	for _, program := range f.host.Lacks {
@@ -237,7 +247,7 @@ func checkPlugin(f *facts) (found []finding) {
 	case f.absent != nil:
 		found = append(found, finding{
 			f.absent.Error(),
-			"docker plugin enable flocker; why it ended: journalctl -u docker",
+			"docker plugin enable --timeout 0 flocker\nwhy it ended: journalctl -u docker",
 		})
 	case f.unknown != nil:
 		found = append(found, finding{f.unknown.Error(), "see the plugin's log; is it older than this command?"})
@@ -265,6 +275,15 @@ func checkPlugin(f *facts) (found []finding) {
 			"the plugin cannot ask Docker which containers use a volume: " + f.host.Docker,
 			"set FLOCKER_DOCKER_SOCKET, or the source of the mount run, to it",
 		})
+	}
+	return found
+}
+
+func checkCertificates(f *facts) (found []finding) {
+	for _, c := range f.host.Certificates {
+		if text := (certs.Expiry{File: c.File, At: c.Expires}).Warning(time.Now()); text != "" {
+			found = append(found, finding{text, certs.Renewal})
+		}
 	}
 	return found
 }

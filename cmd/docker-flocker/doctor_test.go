@@ -14,6 +14,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/flocker-plugin/flocker/control/api"
+	"github.com/flocker-plugin/flocker/control/certs"
 	"github.com/flocker-plugin/flocker/driver"
 	"github.com/flocker-plugin/flocker/driver/ownership"
 )
@@ -47,7 +48,7 @@ func healthy() *facts {
 
 // Each check is provoked by what it looks for, and by nothing else.
 func TestChecks(t *testing.T) {
-	const fix = "docker plugin disable -f flocker && docker plugin enable flocker"
+	const fix = "docker plugin disable -f flocker\ndocker plugin enable --timeout 0 flocker"
 	for _, test := range []struct {
 		what string
 		do   func(*facts)
@@ -85,7 +86,7 @@ func TestChecks(t *testing.T) {
 		{"no plugin", func(f *facts) {
 			f.absent, f.sockets = errors.New("no Flocker plugin answers on x: is it enabled on this host? (docker plugin ls)"), nil
 		}, []string{
-			"plugin: no Flocker plugin answers on x: is it enabled on this host? (docker plugin ls) | docker plugin enable flocker; why it ended: journalctl -u docker",
+			"plugin: no Flocker plugin answers on x: is it enabled on this host? (docker plugin ls) | docker plugin enable --timeout 0 flocker\nwhy it ended: journalctl -u docker",
 		}},
 		{"an older plugin", func(f *facts) { f.unknown = errors.New("there is no request GET /v1/host") }, []string{
 			"plugin: there is no request GET /v1/host | see the plugin's log; is it older than this command?",
@@ -107,6 +108,16 @@ func TestChecks(t *testing.T) {
 
 		{"a program", func(f *facts) { f.host.Lacks = []string{"mkfs.xfs (package xfsprogs)"} }, []string{
 			"tools: the plugin does not find mkfs.xfs (package xfsprogs) | install the package; a managed plugin has its own: make install anew",
+		}},
+
+		{"certificates that end", func(f *facts) {
+			f.host.Certificates = []api.Certificate{
+				{File: "/certs/cluster.crt", Expires: time.Now().Add(certs.Soon + time.Hour)},
+				{File: "/certs/node.crt", Expires: time.Now().Add(-24 * time.Hour)},
+			}
+		}, []string{
+			"certificates: the certificate /certs/node.crt has expired on " + time.Now().Add(-24*time.Hour).UTC().Format(time.DateOnly) +
+				" | make another with docker flocker ca: docs/cli.md, New certificates",
 		}},
 
 		{"no etcd", func(f *facts) {
@@ -181,8 +192,10 @@ func TestChecks(t *testing.T) {
 					continue
 				}
 				got = append(got, v.Check+": "+v.Text+" | "+v.Remedy)
-				if n := utf8.RuneCountInString("  remedy: " + v.Remedy); n > columns && !strings.Contains(v.Remedy, anID[1:]) {
-					t.Errorf("a remedy is no line: %d columns: %s", n, v.Remedy)
+				for line := range strings.Lines(v.Remedy) {
+					if n := utf8.RuneCountInString("  remedy: " + line); n > columns && !strings.Contains(line, anID[1:]) {
+						t.Errorf("a remedy is no line: %d columns: %s", n, line)
+					}
 				}
 			}
 			if !slices.Equal(got, test.want) {
@@ -207,7 +220,7 @@ func TestNotChecked(t *testing.T) {
 	}
 	f.absent, f.unknown = nil, errors.New("older")
 	for _, v := range examine(f) {
-		if want := slices.Contains([]string{"tools", "mounts", "leaks"}, v.Check); want != (v.State == notChecked) {
+		if want := slices.Contains([]string{"tools", "certificates", "mounts", "leaks"}, v.Check); want != (v.State == notChecked) {
 			t.Errorf("an older plugin: %s is %s", v.Check, v.State)
 		}
 	}
@@ -250,7 +263,7 @@ func TestDoctor(t *testing.T) {
 	defer func() { version, pause = "development", 3*time.Second }()
 	f, look := doctored()
 	want(t, "doctor as JSON", commandOn(t, serve(t, f), look, "doctor", "--format", "json"), result{1, "" +
-		`{"check":"kernel","state":"well"}` + "\n" + `{"check":"clock","state":"well"}` + "\n" + `{"check":"plugin","state":"well"}` + "\n" + `{"check":"tools","state":"well"}` + "\n" +
+		`{"check":"kernel","state":"well"}` + "\n" + `{"check":"clock","state":"well"}` + "\n" + `{"check":"plugin","state":"well"}` + "\n" + `{"check":"tools","state":"well"}` + "\n" + `{"check":"certificates","state":"well"}` + "\n" +
 		`{"check":"etcd","state":"wrong","text":"the etcd server https://10.0.0.2:2379 does not answer: context deadline exceeded","remedy":"start it; if it runs: FLOCKER_ETCD_ENDPOINTS, certificates, firewalls"}` + "\n" +
 		`{"check":"storage","state":"well"}` + "\n" + `{"check":"mounts","state":"well"}` + "\n" +
 		`{"check":"leaks","state":"wrong","text":"/dev/loop7 of backend loopback is attached for volume 1b9e6a1c-52d7-4c2e-8f39-7d6d1a0c4e55 under token 3907, which this host does not have","remedy":"the plugin detaches it once nothing has it open: lsof /dev/loop7"}` + "\n", ""})
@@ -262,7 +275,11 @@ func TestDoctor(t *testing.T) {
 		return m
 	}
 	got := commandOn(t, serve(t, f), bare, "doctor")
-	want(t, "doctor", got, result{0, "kernel    well\nclock     well\nplugin    well\ntools     well\netcd      well\nstorage   well\nmounts    well\nleaks     well\n", ""})
+	want(t, "doctor", got, result{0, "kernel         well\nclock          well\nplugin         well\ntools          well\ncertificates   well\netcd           well\nstorage        well\nmounts         well\nleaks          well\n", ""})
+	// Each line can be typed as it is printed.
+	if got := commandOn(t, "/nonexistent", look, "doctor"); !strings.Contains(got.out, "\n  remedy: docker plugin enable --timeout 0 flocker\n          why it ended: journalctl -u docker\n") {
+		t.Errorf("without a plugin: %s", got.out)
+	}
 	want(t, "an argument", commandOn(t, "/nonexistent", look, "doctor", "x"), result{2, "", "it takes no argument, and \"x\" is one\nSee 'docker flocker doctor --help'.\n"})
 }
 
@@ -276,7 +293,7 @@ func TestDoctorHere(t *testing.T) {
 		t.Errorf("its kernel is %s", m.release)
 	}
 	got := command(t, "/nonexistent", "", "doctor")
-	if got.code != 1 || got.errout != "" || !strings.Contains(got.out, "\nplugin    wrong\ntools     not checked\netcd      not checked\n") {
+	if got.code != 1 || got.errout != "" || !strings.Contains(got.out, "\nplugin         wrong\ntools          not checked\ncertificates   not checked\netcd           not checked\n") {
 		t.Errorf("without a plugin: %+v", got)
 	}
 }

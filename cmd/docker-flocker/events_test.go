@@ -64,14 +64,14 @@ func documentedEvents(t *testing.T) (h *happened, at func(out string) string) {
 	}
 	const errors = "the kernel has noted errors in its filesystem"
 	h = &happened{events: []ownership.Event{
-		event("09:30:00", 4702, "alpha", "create", ownership.Event{}),
-		event("09:30:01", 4703, "alpha", "ready", ownership.Event{}),
-		event("09:30:01", 4704, "alpha", "claim", ownership.Event{}),
-		event("09:41:20", 4709, "beta", "request", ownership.Event{FromHost: "alpha", Token: 4704, Detail: "to mount"}),
+		event("09:30:00", 4702, "alpha", "create", ownership.Event{By: "docker"}),
+		event("09:30:01", 4703, "alpha", "ready", ownership.Event{By: "docker"}),
+		event("09:30:01", 4704, "alpha", "claim", ownership.Event{By: "docker"}),
+		event("09:41:20", 4709, "beta", "request", ownership.Event{FromHost: "alpha", Token: 4704, Detail: "to mount", By: "docker"}),
 		event("09:41:20", 4710, "alpha", "refuse", ownership.Event{ToHost: "beta", Detail: "in use by container postgres"}),
 		event("09:41:24", 4711, "alpha", "hand over", ownership.Event{ToHost: "beta", Token: 4704}),
-		event("10:02:47", 4730, "gamma", "take over", ownership.Event{FromHost: "beta", Token: 4711, Detail: "silent: host beta"}),
-		event("10:02:49", 4731, "gamma", "fenced", ownership.Event{FromHost: "beta", Token: 4730, Detail: "detached from beta"}),
+		event("10:02:47", 4730, "gamma", "take over", ownership.Event{FromHost: "beta", Token: 4711, Detail: "silent: host beta", By: "docker"}),
+		event("10:02:49", 4731, "gamma", "fenced", ownership.Event{FromHost: "beta", Token: 4730, Detail: "detached from beta", By: "docker"}),
 		event("10:15:03", 4740, "gamma", "quarantine", ownership.Event{Token: 4731, Detail: errors}),
 		event("11:00:12", 4752, "alpha", "reinstate", ownership.Event{Detail: "was quarantined: " + errors, By: "ann@ops"}),
 	}}

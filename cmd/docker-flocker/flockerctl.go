@@ -83,7 +83,7 @@ func (c *cli) listNodes() *cobra.Command {
 			lines := []string{"SERVER\tADDRESS"}
 			for _, n := range nodes {
 				if n.Live {
-					lines = append(lines, shown(n.ID, long)+"\t"+n.Host)
+					lines = append(lines, shown(n.ID, long)+"\t"+address(n))
 				}
 			}
 			return table(c.out, lines, long)
@@ -155,10 +155,13 @@ func datasetStatus(v api.Volume) string {
 	return v.State // deleting is the original's, too
 }
 
+// address is how the original knew a node.
+func address(n api.Node) string { return cmp.Or(n.Address, n.Host) }
+
 func server(v api.Volume, nodes []api.Node, long bool) string {
 	for _, n := range nodes {
 		if v.Host != "" && n.Host == v.Host {
-			return shown(n.ID, long) + " (" + n.Host + ")"
+			return shown(n.ID, long) + " (" + address(n) + ")"
 		}
 	}
 	return "<missing>"

@@ -241,8 +241,9 @@ func (c *cli) nodeLs() *cobra.Command {
 		Use:   "ls",
 		Short: "List the hosts and whether they answer",
 		Long: "List the hosts and whether they answer.\n\n" +
-			"STATE is live, silent (for as long as this host itself has seen it), or declared\n" +
-			"dead. VOLUMES is how many volumes the host owns.",
+			"STATE is live, silent (for as long as this host itself has seen it) or declared\n" +
+			"dead, and says whether the host is cordoned or removed. VOLUMES is how many volumes\n" +
+			"it owns.",
 		Example: c.example("node ls"),
 	}, listing[api.Node]{
 		header: "HOST\tSTATE\tVOLUMES\tBOOT\tID",

@@ -19,6 +19,7 @@ func documentedCluster() *fake {
 	alpha := status("1a8a6d0e-6a53-4f5c-b0a1-0f2f7f0f6f3e", "alpha", "9f3c1a2b-0000-4000-8000-000000000000")
 	beta := status("5b0c3a52-12c7-4a6f-8a43-9a1f5b7e2c11", "beta", "77d02e41-0000-4000-8000-000000000000")
 	gamma := status("c2f4b1de-93ab-4f0e-9d55-3f6f0f1f8a20", "gamma", "0c4e9a77-0000-4000-8000-000000000000")
+	alpha.Address, beta.Address = "10.0.0.1", "10.0.0.2"
 	alpha.Live, alpha.Owned, beta.Owned = true, 2, 1
 	gamma.Death = &ownership.Death{Host: "gamma"}
 	volume := func(name, id, backend, fs string, size int64, state map[string]any) driver.Volume {

@@ -9,6 +9,8 @@ import "time"
 type Node struct {
 	ID   string `json:"id"`
 	Host string `json:"host"`
+	// Address is the IP address by which users of the REST API know it, if it has said one.
+	Address string `json:"address,omitempty"`
 	// Boot is the kernel's boot id, of the boot in which the node last registered.
 	Boot string `json:"boot"`
 	// State is empty for a node in service; cordoned, lost or removed otherwise.
@@ -132,6 +134,14 @@ type Host struct {
 	Silent  []Silent `json:"silent,omitempty"`
 	// Etcd are the servers it was told of.
 	Etcd []Server `json:"etcd"`
+	// Certificates are those that it uses, and the authorities'.
+	Certificates []Certificate `json:"certificates,omitempty"`
+}
+
+// Certificate is the file of one, and until when it is good.
+type Certificate struct {
+	File    string    `json:"file"`
+	Expires time.Time `json:"expires"`
 }
 
 // Mount is something mounted below the mount root of a host.

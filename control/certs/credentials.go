@@ -199,6 +199,16 @@ func (c *Credentials) Server(roles ...Role) *tls.Config {
 	}
 }
 
+// Stays is an error if a peer that was let in by Server would not be now: its certificate
+// has expired, or is of an authority that is no longer in the file.
+func (c *Credentials) Stays(peer []*x509.Certificate) error {
+	chain := make([][]byte, len(peer))
+	for i, cert := range peer {
+		chain[i] = cert.Raw
+	}
+	return verify(chain, c.current().roots, "", x509.ExtKeyUsageClientAuth)
+}
+
 // Client is how a client connects: to a server of the cluster, by whatever address.
 func (c *Credentials) Client() *tls.Config {
 	return &tls.Config{

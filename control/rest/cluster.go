@@ -23,6 +23,8 @@ type Driver interface {
 	// idle, too.
 	Cordon(ctx context.Context, host, by string, on bool) error
 	Drain(ctx context.Context, host, by string) (driver.Drained, error)
+	// RemoveNode is refused while the host is live, or owns volumes.
+	RemoveNode(ctx context.Context, host, by string) error
 }
 
 // Leases are those of v1; *ownership.Map has them.
@@ -63,6 +65,17 @@ func byName(s *ownership.State, name string) *ownership.View {
 	return nil
 }
 
+// taken says why there can be no new volume of that name and id, or nil.
+func taken(s *ownership.State, name, id string) error {
+	if byID(s, id) != nil || gone(s, id) != nil {
+		return &ownership.TakenError{Name: name, ID: id}
+	}
+	if other := byName(s, name); other != nil {
+		return &ownership.TakenError{Name: name, ID: id, By: other.Volume.ID}
+	}
+	return nil
+}
+
 func gone(s *ownership.State, id string) *ownership.Gone {
 	if i := slices.IndexFunc(s.Gone, func(g ownership.Gone) bool { return g.Volume.ID == id }); i >= 0 {
 		return &s.Gone[i]
@@ -71,21 +84,39 @@ func gone(s *ownership.State, id string) *ownership.Gone {
 }
 
 // nodeOf finds a node in service, or cordoned, by its id or, if that is one node's alone, by
-// its host name.
-func nodeOf(s *ownership.State, host string) *ownership.NodeStatus {
+// its host name. The errors are those of the map.
+func nodeOf(s *ownership.State, host string) (*ownership.NodeStatus, error) {
 	var named *ownership.NodeStatus
+	var known, ids []string
 	for i := range s.Nodes {
-		switch n := &s.Nodes[i]; {
-		case n.State == ownership.Removed:
-		case n.ID == host:
-			return n
-		case n.Host == host && named != nil:
-			return nil
-		case n.Host == host:
-			named = n
+		n := &s.Nodes[i]
+		if n.State == ownership.Removed {
+			continue
+		}
+		if n.ID == host {
+			return n, nil
+		}
+		if known = append(known, n.Host); n.Host == host {
+			named, ids = n, append(ids, n.ID)
 		}
 	}
-	return named
+	switch len(ids) {
+	case 0:
+		slices.Sort(known)
+		return nil, &ownership.NoHostError{Host: host, Known: slices.Compact(known)}
+	case 1:
+		return named, nil
+	}
+	return nil, &ownership.AmbiguousError{Host: host, IDs: ids}
+}
+
+// mayGet refuses a host that gets nothing.
+func mayGet(s *ownership.State, host string) error {
+	n, err := nodeOf(s, host)
+	if err == nil && n.State == ownership.Cordoned {
+		err = &ownership.NodeStateError{Node: n.Node}
+	}
+	return err
 }
 
 // present is where a volume is mounted; nil if that is nowhere, or not known.

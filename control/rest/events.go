@@ -10,11 +10,14 @@ import (
 	"strings"
 	"time"
 
+	"github.com/flocker-plugin/flocker/control"
 	"github.com/flocker-plugin/flocker/driver/ownership"
 )
 
-const (
-	eventPage = 100
+const eventPage = 100
+
+// These are shorter in tests.
+var (
 	// ping is the longest silence of a stream: whatever is between the two ends is not to
 	// take it for dead.
 	ping = 15 * time.Second
@@ -188,6 +191,6 @@ func writeEvent(b *bytes.Buffer, id, what string, data any) {
 		b.WriteString("id: " + id + "\n")
 	}
 	b.WriteString("event: " + what + "\ndata: ")
-	b.Write(encode(data)) // which ends the line
+	b.Write(control.Encode(data)) // which ends the line
 	b.WriteByte('\n')
 }

@@ -1,16 +1,42 @@
 package rest
 
 import (
+	"net"
+	"net/http"
 	"reflect"
 	"testing"
 )
 
-// SetMaxConnections lets fewer clients in for the time of a test.
-func SetMaxConnections(t testing.TB, n int) {
-	was := maxConnections
-	t.Cleanup(func() { maxConnections = was })
-	maxConnections = n
+// The limits that tests change.
+var (
+	WriteLimit       = &writeLimit
+	Patience         = &patience
+	Settle           = &settle
+	Freshness        = &freshness
+	MaxStreams       = &maxStreams
+	Ping             = &ping
+	Reader           = &reader
+	MaxConnections   = &maxConnections
+	CertificateRound = &certificateRound
+	Idle             = &idle
+	Grace            = &grace
+)
+
+// Set changes a limit for the time of a test.
+func Set[T any](t testing.TB, limit *T, to T) {
+	was := *limit
+	t.Cleanup(func() { *limit = was })
+	*limit = to
 }
+
+// Clients are those that Serve knows of.
+type Clients struct{ clients }
+
+// Note is told of a connection.
+func (c *Clients) Note(conn net.Conn, state http.ConnState) { c.note(conn, state) }
+
+// Len is how many there are.
+func (c *Clients) Len() int { return len(c.all) }
 
 // V2Requests are all of v2: "GET /v2/volumes".
 func V2Requests() (all []string) {

@@ -2,6 +2,7 @@ package rest_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -13,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -47,9 +49,23 @@ type cluster struct {
 	unknown bool // nothing was ever heard
 	stale   time.Duration
 	err     error           // of all changes
+	placing error           // of what names a node
 	panics  string          // in all changes
+	first   *string         // the id of a volume of the name that is created, which another host makes first
 	held    map[string]bool // volumes that are in use where they are
 	calls   []string
+	waits   int // calls of Wait
+	// hang, if set, has all changes wait for it; told is why events cannot be told, and
+	// broken has that panic.
+	hang    chan struct{}
+	hanging atomic.Int64
+	burden  bool // what is deleted is not gone from the storage yet
+	endless bool // a new volume is made until nobody waits for it
+	told    error
+	broken  bool
+	// late is how long it takes until a change is seen, and seen what is seen until then.
+	late time.Duration
+	seen *ownership.State
 }
 
 func newCluster() *cluster {
@@ -70,12 +86,28 @@ func (c *cluster) change(what, volume, by string, with func(s *ownership.State))
 	next := &ownership.State{Revision: c.state.Revision + 1, Time: time.Now(), Views: slices.Clone(c.state.Views), Nodes: slices.Clone(c.state.Nodes), Gone: slices.Clone(c.state.Gone)}
 	with(next)
 	slices.SortFunc(next.Views, func(a, b ownership.View) int { return strings.Compare(a.Volume.Name, b.Volume.Name) })
+	if c.late > 0 {
+		if c.seen == nil {
+			c.seen = c.state
+		}
+		time.AfterFunc(c.late, func() {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			if c.seen != nil && next.Revision > c.seen.Revision {
+				c.seen = next
+				close(c.changed)
+				c.changed = make(chan struct{})
+			}
+		})
+	}
 	c.state = next
 	if what != "" {
 		c.events = append(c.events, ownership.Event{Revision: next.Revision, At: time.Now(), What: what, Name: volume, Node: alpha, Host: "alpha", By: by})
 	}
-	close(c.changed)
-	c.changed = make(chan struct{})
+	if c.late == 0 {
+		close(c.changed)
+		c.changed = make(chan struct{})
+	}
 	return next.Revision
 }
 
@@ -104,6 +136,10 @@ func (c *cluster) mount(name string) {
 
 // asked notes a call, which may be to fail.
 func (c *cluster) asked(format string, args ...any) error {
+	if c.hang != nil {
+		c.hanging.Add(1)
+		<-c.hang
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.calls = append(c.calls, fmt.Sprintf(format, args...))
@@ -119,7 +155,11 @@ func (c *cluster) asks() []string {
 	return slices.Clone(c.calls)
 }
 
-func (c *cluster) CreateVolume(_ context.Context, r driver.CreateRequest) (driver.Volume, error) {
+func (c *cluster) CreateVolume(ctx context.Context, r driver.CreateRequest) (driver.Volume, error) {
+	if c.endless {
+		<-ctx.Done()
+		return driver.Volume{}, ctx.Err()
+	}
 	if err := c.asked("create %s %v %v by %s", r.Name, r.Options, r.Labels, r.By); err != nil {
 		return driver.Volume{}, err
 	}
@@ -133,6 +173,14 @@ func (c *cluster) CreateVolume(_ context.Context, r driver.CreateRequest) (drive
 	if size := r.Options["size"]; size != "" {
 		_, _ = fmt.Sscan(size, &vol.Size)
 	}
+	if c.first != nil { // another host, just before
+		vol := vol
+		vol.ID = *c.first
+		c.change("create", vol.Name, "", func(s *ownership.State) { s.Views = append(s.Views, ownership.View{Volume: vol}) })
+		if r.New {
+			return driver.Volume{}, &ownership.TakenError{Name: vol.Name, ID: r.ID, By: vol.ID}
+		}
+	}
 	vol.Revision = c.change("create", vol.Name, r.By, func(s *ownership.State) {
 		vol.Revision = s.Revision
 		s.Views = append(s.Views, ownership.View{Volume: vol})
@@ -140,12 +188,15 @@ func (c *cluster) CreateVolume(_ context.Context, r driver.CreateRequest) (drive
 	return driver.Volume{Name: vol.Name, Definition: vol}, nil
 }
 
-func (c *cluster) RemoveVolume(_ context.Context, name, id string) error {
-	if err := c.asked("remove %s", name); err != nil {
+func (c *cluster) RemoveVolume(ctx context.Context, name, id string) error {
+	if err := c.asked("remove %s by %s", name, ownership.Wanted(ctx)); err != nil {
 		return err
 	}
 	err := fmt.Errorf("%w: %s", ownership.ErrNotFound, name)
 	c.change("delete", name, "", func(s *ownership.State) {
+		if i := slices.IndexFunc(s.Views, func(v ownership.View) bool { return v.Volume.ID == id }); i >= 0 && c.burden {
+			s.Views[i].Volume.Phase = ownership.PhaseDeleting
+		}
 		s.Views = slices.DeleteFunc(s.Views, func(v ownership.View) bool {
 			if v.Volume.Name != name || v.Volume.ID != id {
 				return false
@@ -155,13 +206,16 @@ func (c *cluster) RemoveVolume(_ context.Context, name, id string) error {
 				gone.Node = v.Placement.Node
 			}
 			s.Gone, err = append(s.Gone, gone), nil
-			return true
+			return !c.burden
 		})
 	})
 	return err
 }
 
 func (c *cluster) Move(_ context.Context, name, host, by string) (p ownership.Placement, err error) {
+	if c.placing != nil {
+		return p, c.placing
+	}
 	if err := c.asked("move %s to %q by %s", name, host, by); err != nil {
 		return p, err
 	}
@@ -189,6 +243,9 @@ func (c *cluster) Move(_ context.Context, name, host, by string) (p ownership.Pl
 }
 
 func (c *cluster) Lease(_ context.Context, vid, node string, ttl *time.Duration, by string) (l ownership.Lease, created bool, err error) {
+	if c.placing != nil {
+		return l, false, c.placing
+	}
 	if err := c.asked("lease to %s by %s", node, by); err != nil {
 		return l, false, err
 	}
@@ -206,7 +263,8 @@ func (c *cluster) Lease(_ context.Context, vid, node string, ttl *time.Duration,
 				err = &ownership.LeasedError{Lease: *v.Lease}
 			default:
 				created = v.Lease == nil
-				v.Lease = &l
+				l.Revision = s.Revision
+				v.Lease = new(l)
 			}
 		}
 	})
@@ -229,6 +287,9 @@ func (c *cluster) Unlease(_ context.Context, vid, by string) (l ownership.Lease,
 }
 
 func (c *cluster) Cordon(_ context.Context, host, by string, on bool) error {
+	if c.placing != nil {
+		return c.placing
+	}
 	if err := c.asked("cordon %s %v by %s", host, on, by); err != nil {
 		return err
 	}
@@ -246,16 +307,39 @@ func (c *cluster) Drain(_ context.Context, host, by string) (driver.Drained, err
 	return driver.Drained{Released: []string{"a"}, Busy: []driver.BusyVolume{{Name: "b", Containers: []string{"web"}}}}, c.asked("drain %s by %s", host, by)
 }
 
+func (c *cluster) RemoveNode(_ context.Context, host, by string) error {
+	if err := c.asked("remove node %s by %s", host, by); err != nil {
+		return err
+	}
+	c.change("", "", "", func(s *ownership.State) {
+		for i := range s.Nodes {
+			if s.Nodes[i].ID == host {
+				s.Nodes[i].State, s.Nodes[i].Live = ownership.Removed, false
+			}
+		}
+	})
+	return nil
+}
+
 func (c *cluster) State() (*ownership.State, time.Duration, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.state, c.stale, !c.unknown
+	return cmp.Or(c.seen, c.state), c.stale, !c.unknown
+}
+
+func (c *cluster) waited() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.waits
 }
 
 func (c *cluster) Wait(ctx context.Context, after int64) (*ownership.State, error) {
+	c.mu.Lock()
+	c.waits++
+	c.mu.Unlock()
 	for {
 		c.mu.Lock()
-		s, changed, whole := c.state, c.changed, c.stale == 0 && !c.unknown
+		s, changed, whole := cmp.Or(c.seen, c.state), c.changed, c.stale == 0 && !c.unknown
 		c.mu.Unlock()
 		if whole && s.Revision > after {
 			return s, nil
@@ -271,6 +355,12 @@ func (c *cluster) Wait(ctx context.Context, after int64) (*ownership.State, erro
 func (c *cluster) Events(_ context.Context, after int64, limit int) (some []ownership.Event, next int64, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.broken {
+		panic("no such event")
+	}
+	if c.told != nil {
+		return nil, 0, c.told
+	}
 	if after < c.base {
 		return nil, 0, &ownership.GoneError{Before: c.base + 1}
 	}
@@ -396,7 +486,10 @@ func serveWith(t testing.TB, dir string) *service {
 	s.address = l.Addr().String()
 	ctx, cancel := context.WithCancel(context.Background())
 	s.stop = cancel
-	creds := load(t, files(s.dir, "alpha/control-service"))
+	creds, err := certs.Load(files(s.dir, "alpha/control-service"), func(err error) { log.Warn(err) })
+	if err != nil {
+		t.Fatal(err)
+	}
 	api := rest.New(rest.Config{Driver: c, Leases: c, Cluster: c, Version: "2.0.0", Log: logrus.NewEntry(log)})
 	done := make(chan struct{})
 	go func() {

@@ -7,9 +7,7 @@
 package rest
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -25,25 +23,31 @@ import (
 	"github.com/google/uuid"
 	"github.com/sirupsen/logrus"
 
+	"github.com/flocker-plugin/flocker/control"
 	"github.com/flocker-plugin/flocker/control/certs"
 	"github.com/flocker-plugin/flocker/driver"
 	"github.com/flocker-plugin/flocker/driver/ownership"
 )
 
 const (
-	// ioLimit is for a client to send its request, and writeLimit to take the answer: a
-	// hundred thousand volumes are some megabytes.
-	ioLimit    = 10 * time.Second
+	// ioLimit is for a client to send its request.
+	ioLimit = 10 * time.Second
+	// maxBody is more than the metadata that is allowed, as long as JSON can make it.
+	maxBody = 256 << 10
+	// retryAfter is what a client is told to wait while etcd is away.
+	retryAfter = 5 * time.Second
+)
+
+// These are shorter in tests.
+var (
+	// writeLimit is for a client to take the answer: a hundred thousand volumes are some
+	// megabytes.
 	writeLimit = time.Minute
 	// patience bounds a change: what Docker gives a Mount.
 	patience = 110 * time.Second
 	// settle bounds how long an answer waits until what it changed is seen here, so that
 	// whoever asks next sees it. The change is made, whether it is seen or not.
 	settle = 2 * time.Second
-	// maxBody is more than the metadata that is allowed, as long as JSON can make it.
-	maxBody = 256 << 10
-	// retryAfter is what a client is told to wait while etcd is away.
-	retryAfter = 5 * time.Second
 	// freshness bounds how long an answer waits for etcd before memory has to do.
 	freshness = time.Second
 	// maxStreams bounds the connections that stay open for events.
@@ -127,7 +131,8 @@ func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		a.fail(counted, r, err)
 		return
 	}
-	r = r.WithContext(context.WithValue(r.Context(), caller{}, string(peer.Role)+"-"+peer.Name))
+	name := string(peer.Role) + "-" + peer.Name
+	r = r.WithContext(ownership.By(context.WithValue(r.Context(), caller{}, name), name))
 	if err := allowed(peer, r.Method); err != nil {
 		a.fail(counted, r, err)
 		return
@@ -217,23 +222,12 @@ func (a *API) send(w http.ResponseWriter, status int, kind string, body any) {
 	}
 	data, ready := body.([]byte)
 	if !ready {
-		data = encode(body)
+		data = control.Encode(body)
 	}
 	w.Header().Set("Content-Type", kind)
 	w.Header().Set("Content-Length", strconv.Itoa(len(data)))
 	w.WriteHeader(status)
 	_, _ = w.Write(data) // whoever has gone away may ask again
-}
-
-// encode cannot fail: what is sent holds nothing that JSON does not.
-func encode(v any) []byte {
-	var b bytes.Buffer
-	enc := json.NewEncoder(&b)
-	enc.SetEscapeHTML(false) // people read these texts
-	if err := enc.Encode(v); err != nil {
-		panic(fmt.Sprintf("encode %T: %v", v, err))
-	}
-	return b.Bytes()
 }
 
 // A refusal is an error with the status it is answered with.
@@ -252,22 +246,14 @@ func badRequest(format string, args ...any) error {
 
 // explain says with which status an error is answered.
 func explain(err error) *refusal {
-	if e, ok := errors.AsType[*refusal](err); ok {
-		return e
-	}
-	status := http.StatusInternalServerError
+	e, ok := errors.AsType[*refusal](err)
 	switch {
-	case errors.Is(err, ownership.ErrNotFound):
-		status = http.StatusNotFound
-	case errors.Is(err, ownership.ErrUnavailable), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
-		status = http.StatusServiceUnavailable
-	case errors.Is(err, ownership.ErrConflict), is[*ownership.BusyError](err), is[*ownership.HeldError](err),
-		is[*ownership.PhaseError](err), is[*ownership.LeasedError](err):
-		status = http.StatusConflict
-	case is[*driver.InvalidError](err):
-		status = http.StatusBadRequest
+	case !ok:
+		return &refusal{status: control.Status(err), text: sentence(err.Error())}
+	case err.Error() != e.text: // there is more to it
+		e = &refusal{status: e.status, text: sentence(err.Error())}
 	}
-	return &refusal{status: status, text: sentence(err.Error())}
+	return e
 }
 
 func is[E error](err error) bool {
@@ -359,6 +345,30 @@ func read(r *http.Request) ([]byte, error) {
 		return nil, &refusal{status: http.StatusRequestEntityTooLarge, text: fmt.Sprintf("The request body is larger than %d KiB.", maxBody>>10)}
 	}
 	return nil, &refusal{status: http.StatusRequestTimeout, text: fmt.Sprintf("The request body did not come within %v.", ioLimit)}
+}
+
+// create makes a volume that is to be on a host, "" for none. Once it is made, that is what is
+// answered: whoever is refused thinks that there is none, and to delete it again might hit what
+// somebody has put on it by now. Why it is to be on no host yet, such as one that was
+// cordoned in that moment, is in unplaced.
+func (a *API) create(ctx context.Context, c driver.CreateRequest, host string) (v *ownership.View, unplaced, err error) {
+	made, err := a.Driver.CreateVolume(ctx, c)
+	if err != nil {
+		return nil, nil, err
+	}
+	v = &ownership.View{Volume: made.Definition}
+	revision := v.Volume.Revision
+	if host != "" {
+		p, err := a.Driver.Move(ctx, v.Volume.Name, host, c.By)
+		if err != nil {
+			a.Log.WithFields(logrus.Fields{"volume": v.Volume.Name, "host": host, "by": c.By, "err": err}).Warn("a volume was made, and is to be on no host yet")
+			unplaced = err
+		} else {
+			v.Placement, revision = &p, max(revision, p.Revision)
+		}
+	}
+	a.seenRevision(ctx, revision)
+	return v, unplaced, nil
 }
 
 // state is the cluster as this host has last heard of it, and the header that says so

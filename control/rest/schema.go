@@ -13,6 +13,8 @@ import (
 	"strconv"
 	"strings"
 	"unicode/utf8"
+
+	"github.com/flocker-plugin/flocker/control"
 )
 
 // The bodies of v1 are checked as the original did, with a JSON schema; what is wrong is
@@ -227,9 +229,9 @@ func show(value any) string {
 	case json.Number:
 		text = v.String()
 	case string:
-		text = "'" + strings.ReplaceAll(strings.Trim(string(encode(v)), "\"\n"), `\"`, `"`) + "'"
+		text = "'" + strings.ReplaceAll(strings.Trim(string(control.Encode(v)), "\"\n"), `\"`, `"`) + "'"
 	default:
-		text = strings.TrimSuffix(string(encode(v)), "\n")
+		text = strings.TrimSuffix(string(control.Encode(v)), "\n")
 	}
 	if len(text) > 400 {
 		text = strings.ToValidUTF8(text[:400], "") + "…"

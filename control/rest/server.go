@@ -2,11 +2,15 @@ package rest
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	stdlog "log"
+	"maps"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -15,10 +19,13 @@ import (
 	"github.com/flocker-plugin/flocker/control/certs"
 )
 
-// maxConnections is how many clients are served at a time. More wait.
-var maxConnections = 1000
-
-const (
+// These are smaller in tests.
+var (
+	// maxConnections is how many clients are served at a time. More wait.
+	maxConnections = 1000
+	// certificateRound is how often the certificates of those who are connected are looked
+	// at.
+	certificateRound = 10 * time.Second
 	// idle is how long a connection is kept for the next request.
 	idle = 2 * time.Minute
 	// grace is for the answers that are being sent when the process ends.
@@ -39,6 +46,22 @@ func Serve(ctx context.Context, l net.Listener, creds *certs.Credentials, h http
 		ErrorLog:          stdlog.New(errorLog{log}, "", 0),
 		BaseContext:       func(net.Listener) context.Context { return ctx },
 	}
+	var clients clients
+	srv.ConnState = clients.note
+	ended := make(chan struct{})
+	defer close(ended)
+	round := time.NewTicker(certificateRound)
+	defer round.Stop()
+	go func() {
+		for {
+			select {
+			case <-round.C:
+				clients.part(creds, log)
+			case <-ended:
+				return
+			}
+		}
+	}()
 	closed := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(closed)
@@ -54,6 +77,45 @@ func Serve(ctx context.Context, l net.Listener, creds *certs.Credentials, h http
 		return nil
 	}
 	return errors.Join(err, srv.Close())
+}
+
+// clients are the connections of those who were let in.
+type clients struct {
+	mu  sync.Mutex
+	all map[*tls.Conn]bool
+}
+
+func (c *clients) note(conn net.Conn, state http.ConnState) {
+	secure, ok := conn.(*tls.Conn)
+	if !ok {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch state {
+	case http.StateActive, http.StateIdle: // the handshake is over
+		if c.all == nil {
+			c.all = map[*tls.Conn]bool{}
+		}
+		c.all[secure] = true
+	case http.StateClosed:
+		delete(c.all, secure)
+	case http.StateNew, http.StateHijacked:
+	}
+}
+
+// part closes the connections of those who would not be let in any more, whatever they are
+// being answered.
+func (c *clients) part(creds *certs.Credentials, log *logrus.Entry) {
+	c.mu.Lock()
+	all := slices.Collect(maps.Keys(c.all))
+	c.mu.Unlock()
+	for _, conn := range all {
+		if err := creds.Stays(conn.ConnectionState().PeerCertificates); err != nil {
+			log.WithFields(logrus.Fields{"part": "REST API", "from": conn.RemoteAddr().String(), "err": err}).Info("a connection ends: its certificate is not good any more")
+			_ = conn.NetConn().Close() // without a word: the client may not read
+		}
+	}
 }
 
 // errorLog takes net/http's lines: most are of clients that were refused.

@@ -22,6 +22,7 @@ import (
 
 	"github.com/flocker-plugin/flocker/control/certs"
 	"github.com/flocker-plugin/flocker/control/rest"
+	"github.com/flocker-plugin/flocker/driver/ownership"
 )
 
 // Who may do what is in the certificate.
@@ -133,6 +134,71 @@ func TestReload(t *testing.T) {
 	}
 }
 
+// Whoever is connected goes on as long as his authority is in the file, and no longer.
+func TestReplacedAuthority(t *testing.T) {
+	rest.Set(t, rest.CertificateRound, 20*time.Millisecond)
+	s := serveWith(t, authority(t))
+	next := authority(t)
+	file := filepath.Join(s.dir, certs.CAFile)
+	read := func(path string) []byte {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return data
+	}
+	write := func(data []byte) {
+		if err := os.WriteFile(file, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	old, replaced := read(file), read(filepath.Join(next, certs.CAFile))
+	stream := s.stream(t, "/v2/events")
+	conn := s.dial()
+	ask := func() error {
+		if _, err := fmt.Fprintf(conn, "GET /v1/version HTTP/1.1\r\nHost: alpha\r\n\r\n"); err != nil {
+			return err
+		}
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err == nil {
+			_, err = io.ReadAll(resp.Body)
+			_ = resp.Body.Close()
+		}
+		return err
+	}
+	if err := ask(); err != nil {
+		t.Fatal(err)
+	}
+	write(append(slices.Clip(old), replaced...))
+	time.Sleep(time.Second) // many rounds
+	s.change("create", "db", "", func(*ownership.State) {})
+	if got := stream.block(); len(got) < 2 || got[1] != "event: create" {
+		t.Errorf("with both authorities the stream has %q", got)
+	}
+	if err := ask(); err != nil {
+		t.Errorf("with both authorities: %v", err)
+	}
+
+	// The host's own certificate has to be of the new one, too; until then the old file goes on.
+	for _, name := range []string{"alpha/" + certs.ServerFile, "alpha/" + certs.ServerKey} {
+		if err := os.WriteFile(filepath.Join(s.dir, name), read(filepath.Join(next, name)), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(replaced)
+	if line, err := stream.in.ReadString('\n'); err == nil {
+		t.Errorf("the stream goes on with %q", line)
+	}
+	for end := time.Now().Add(long); ask() == nil; time.Sleep(10 * time.Millisecond) { // they end one after the other
+		if time.Now().After(end) {
+			t.Fatal("the connection goes on")
+		}
+	}
+	if text := s.log.String(); !strings.Contains(text, "a connection ends: its certificate is not good any more") {
+		t.Errorf("logged %s", text)
+	}
+}
+
 // dial opens a connection as anna, with HTTP/1.1.
 func (s *service) dial() *tls.Conn {
 	s.t.Helper()
@@ -224,7 +290,7 @@ func TestLimits(t *testing.T) {
 
 // Beyond the limit of connections a client waits for another to go.
 func TestConnectionLimit(t *testing.T) {
-	rest.SetMaxConnections(t, 2)
+	rest.Set(t, rest.MaxConnections, 2)
 	s := serve(t)
 	clients := []*http.Client{s.client("anna"), s.client("anna"), s.client("anna")}
 	for _, client := range clients[:2] {
@@ -293,9 +359,10 @@ func TestUnknown(t *testing.T) {
 
 // When the process ends, an answer that is being made is still sent, and a stream ends.
 func TestStop(t *testing.T) {
+	rest.Set(t, rest.Grace, 2*long) // nobody who can be told is cut off
 	s := serve(t)
 	s.add("db", id1)
-	waiting := make(chan reply, 1)
+	waiting, before := make(chan reply, 1), s.waited()
 	go func() {
 		got, _ := send(t, s.client("anna"), "GET", s.url("/v2/volumes/db/wait?state=mounted&timeout=60s"), "")
 		waiting <- got
@@ -313,6 +380,7 @@ func TestStop(t *testing.T) {
 	if line, err := bufio.NewReader(resp.Body).ReadString('\n'); err != nil {
 		t.Fatal(line, err)
 	}
+	until(t, "they do not wait", func() bool { return s.waited() >= before+2 }) // the stream does, too
 	begin := time.Now()
 	s.stop()
 	select {
@@ -329,7 +397,10 @@ func TestStop(t *testing.T) {
 	}
 	_, _ = io.Copy(io.Discard, resp.Body)
 	select {
-	case <-waiting:
+	case got := <-waiting:
+		if want := problem(503, "The plugin ends on this host: ask another one."); got.status != 503 || got.body != want || got.header.Get("Retry-After") != "5" {
+			t.Errorf("a client that waits is told %d %s, want %s", got.status, got.body, want)
+		}
 	case <-time.After(long):
 		t.Error("a client still waits")
 	}

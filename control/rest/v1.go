@@ -11,7 +11,6 @@ import (
 	"maps"
 	"math"
 	"net/http"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -20,6 +19,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/flocker-plugin/flocker/control"
 	"github.com/flocker-plugin/flocker/driver"
 	"github.com/flocker-plugin/flocker/driver/ownership"
 )
@@ -145,7 +145,7 @@ func configurationOf(s *ownership.State) []byte {
 	}
 	// All hosts are to make the same tag of the same configuration.
 	slices.SortFunc(rows, func(a, b dataset) int { return strings.Compare(a.ID, b.ID) })
-	return encode(rows)
+	return control.Encode(rows)
 }
 
 func stateOf(s *ownership.State) []byte {
@@ -161,7 +161,7 @@ func stateOf(s *ownership.State) []byte {
 		}
 		rows = append(rows, row)
 	}
-	return encode(rows)
+	return control.Encode(rows)
 }
 
 // datasetOf is what is wanted of a volume. Nobody may have said where it is to be; then
@@ -218,28 +218,27 @@ func (a *API) v1State(r *http.Request) (answer, error) {
 	return answer{status: http.StatusOK, body: a.render(s).state(), header: header}, nil
 }
 
-// matches refuses a request that was made for another configuration than the present one.
-func (a *API) matches(r *http.Request, s *ownership.State) error {
+// matching is the state that a change is made of. It refuses one that was asked for of
+// another configuration than the present one.
+func (a *API) matching(r *http.Request) (*ownership.State, error) {
+	s, _, err := a.state(r.Context())
+	if err != nil {
+		return nil, err
+	}
 	wanted := r.Header.Values(matchHeader)
 	if len(wanted) == 0 {
-		return nil
+		return s, nil
 	}
 	tag := a.render(s).tag()
 	if slices.Contains(wanted, tag) {
-		return nil
+		return s, nil
 	}
-	return &refusal{status: http.StatusPreconditionFailed, text: fmt.Sprintf("Tag doesn't match. Required: %s, current: %s", strings.Join(wanted, ", "), tag)}
+	return nil, &refusal{status: http.StatusPreconditionFailed, text: fmt.Sprintf("Tag doesn't match. Required: %s, current: %s", strings.Join(wanted, ", "), tag)}
 }
 
-// nameForm is what the driver takes as a volume's name.
-var nameForm = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}$`)
-
 func (a *API) v1Create(r *http.Request) (answer, error) {
-	s, _, err := a.state(r.Context())
+	s, err := a.matching(r)
 	if err != nil {
-		return answer{}, err
-	}
-	if err := a.matches(r, s); err != nil {
 		return answer{}, err
 	}
 	var body struct {
@@ -252,22 +251,19 @@ func (a *API) v1Create(r *http.Request) (answer, error) {
 	if err := createSchema.decode(r, &body); err != nil {
 		return answer{}, err
 	}
-	c := driver.CreateRequest{ID: strings.ToLower(body.ID), Labels: body.Metadata, Options: map[string]string{}, By: by(r.Context())}
+	c := driver.CreateRequest{ID: strings.ToLower(body.ID), Labels: body.Metadata, Options: map[string]string{}, By: by(r.Context()), New: true}
 	if c.ID == "" {
 		c.ID = uuid.NewString()
 	}
-	if byID(s, c.ID) != nil || gone(s, c.ID) != nil {
-		return answer{}, &refusal{status: http.StatusConflict, text: idTaken}
-	}
-	if c.Name = body.Metadata[nameKey]; !nameForm.MatchString(c.Name) {
+	if c.Name = body.Metadata[nameKey]; driver.ValidName(c.Name) != nil {
 		c.Name = c.ID
 	}
-	if other := byName(s, c.Name); other != nil {
-		return answer{}, &refusal{status: http.StatusConflict, text: nameTaken(c.Name, other.Volume.ID)}
+	if err := taken(s, c.Name, c.ID); err != nil {
+		return answer{}, v1Taken(err)
 	}
 	primary := strings.ToLower(body.Primary)
-	if err := primaryAt(s, primary); err != nil {
-		return answer{}, err
+	if err := mayGet(s, primary); err != nil {
+		return answer{}, v1Node(err)
 	}
 	if body.MaximumSize != nil {
 		c.Options["size"] = strconv.FormatInt(*body.MaximumSize, 10)
@@ -275,32 +271,39 @@ func (a *API) v1Create(r *http.Request) (answer, error) {
 	if profile := body.Metadata[profileKey]; profile != "" {
 		c.Options["profile"] = profile
 	}
-	made, err := a.Driver.CreateVolume(r.Context(), c)
+	v, _, err := a.create(r.Context(), c, primary)
 	if err != nil {
-		return answer{}, err
+		return answer{}, v1Taken(err)
 	}
-	vol := made.Definition
-	placement, err := a.Driver.Move(r.Context(), vol.Name, primary, c.By)
-	if err != nil {
-		return answer{}, fmt.Errorf("dataset %s was made, but is to be at no node yet: %w", vol.ID, err)
-	}
-	a.seenRevision(r.Context(), max(vol.Revision, placement.Revision))
-	return answer{status: http.StatusCreated, body: datasetOf(&ownership.View{Volume: vol, Placement: &placement})}, nil
+	return answer{status: http.StatusCreated, body: datasetOf(v)}, nil
 }
 
-// primaryAt refuses what cannot be a primary.
-func primaryAt(s *ownership.State, id string) error {
-	switch n := nodeOf(s, id); {
-	case n == nil:
+// v1Node is an error of a request that names a node, in the words of the original if it is
+// about that.
+func v1Node(err error) error {
+	if is[*ownership.NoHostError](err) {
 		return badRequest(notInCluster)
-	case n.State == ownership.Cordoned:
-		return badRequest("Host %s is cordoned: choose another node.", n.Host)
 	}
-	return nil
+	e, ok := errors.AsType[*ownership.NodeStateError](err)
+	switch {
+	case !ok:
+		return err
+	case e.Node.State == ownership.Cordoned:
+		return badRequest("Host %s is cordoned: choose another node.", e.Node.Host)
+	}
+	return badRequest(notInCluster)
 }
 
-func nameTaken(name, id string) string {
-	return fmt.Sprintf("The name %q is in use by dataset %s.", name, id)
+// v1Taken is an error of a create, in the words of the original if its name or id is taken.
+func v1Taken(err error) error {
+	e, ok := errors.AsType[*ownership.TakenError](err)
+	switch {
+	case !ok:
+		return err
+	case e.By == "", e.By == e.ID:
+		return &refusal{status: http.StatusConflict, text: idTaken}
+	}
+	return &refusal{status: http.StatusConflict, text: fmt.Sprintf("The name %q is in use by dataset %s.", e.Name, e.By)}
 }
 
 // found is a dataset that is there, or the refusal for one that is not.
@@ -314,11 +317,8 @@ func found(s *ownership.State, r *http.Request) (*ownership.View, *ownership.Gon
 }
 
 func (a *API) v1Update(r *http.Request) (answer, error) {
-	s, _, err := a.state(r.Context())
+	s, err := a.matching(r)
 	if err != nil {
-		return answer{}, err
-	}
-	if err := a.matches(r, s); err != nil {
 		return answer{}, err
 	}
 	var body struct {
@@ -338,15 +338,15 @@ func (a *API) v1Update(r *http.Request) (answer, error) {
 		return ok(datasetOf(v)), nil
 	}
 	primary := strings.ToLower(body.Primary)
-	if err := primaryAt(s, primary); err != nil {
-		return answer{}, err
+	if err := mayGet(s, primary); err != nil {
+		return answer{}, v1Node(err)
 	}
 	placement, err := a.Driver.Move(r.Context(), v.Volume.Name, primary, by(r.Context()))
 	switch {
 	case errors.Is(err, ownership.ErrNotFound):
 		return answer{}, &refusal{status: http.StatusNotFound, text: notFound}
 	case err != nil:
-		return answer{}, err
+		return answer{}, v1Node(err)
 	}
 	a.seenRevision(r.Context(), placement.Revision)
 	moved := *v
@@ -355,11 +355,8 @@ func (a *API) v1Update(r *http.Request) (answer, error) {
 }
 
 func (a *API) v1Delete(r *http.Request) (answer, error) {
-	s, _, err := a.state(r.Context())
+	s, err := a.matching(r)
 	if err != nil {
-		return answer{}, err
-	}
-	if err := a.matches(r, s); err != nil {
 		return answer{}, err
 	}
 	v, gone, err := found(s, r)
@@ -429,8 +426,8 @@ func (a *API) v1Acquire(r *http.Request) (answer, error) {
 	if v == nil || v.Volume.Phase == ownership.PhaseDeleting {
 		return answer{}, &refusal{status: http.StatusNotFound, text: notFound}
 	}
-	if nodeOf(s, strings.ToLower(body.Node)) == nil {
-		return answer{}, badRequest(notInCluster)
+	if _, err := nodeOf(s, strings.ToLower(body.Node)); err != nil {
+		return answer{}, v1Node(err)
 	}
 	var ttl *time.Duration
 	if body.Expires != "" {
@@ -444,7 +441,7 @@ func (a *API) v1Acquire(r *http.Request) (answer, error) {
 	case errors.Is(err, ownership.ErrNotFound):
 		return answer{}, &refusal{status: http.StatusNotFound, text: notFound}
 	case err != nil:
-		return answer{}, err
+		return answer{}, v1Node(err)
 	}
 	a.seenRevision(r.Context(), l.Revision)
 	status := http.StatusOK

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/flocker-plugin/flocker/control/rest"
 	"github.com/flocker-plugin/flocker/driver/ownership"
 )
 
@@ -315,7 +316,7 @@ func TestDeleteDataset(t *testing.T) {
 		s := prepare(t)
 		s.want("DELETE", path, "", 200, deleted)
 		s.want("DELETE", path, "", 200, deleted)
-		if calls, want := s.asks(), []string{"remove db"}; !slices.Equal(calls, want) {
+		if calls, want := s.asks(), []string{"remove db by user-anna"}; !slices.Equal(calls, want) {
 			t.Errorf("the driver was asked for %q, want %q", calls, want)
 		}
 	})
@@ -353,7 +354,7 @@ func TestDeleteDataset(t *testing.T) {
 		// The state is not told.
 		s.RemoveOnly("db")
 		s.want("DELETE", path, "", 200, deleted)
-		if calls, want := s.asks(), []string{"remove db"}; !slices.Equal(calls, want) {
+		if calls, want := s.asks(), []string{"remove db by user-anna"}; !slices.Equal(calls, want) {
 			t.Errorf("the driver was asked for %q, want %q", calls, want)
 		}
 	})
@@ -455,6 +456,19 @@ func TestDatasetsState(t *testing.T) {
 				t.Errorf("%s: %s", what, got.body)
 			}
 		}
+	})
+	t.Run("mounted by Docker, until somebody wants it there", func(t *testing.T) {
+		s := serve(t)
+		s.add("db", id1)
+		s.view("db", func(v *ownership.View) {
+			v.Owner, v.OwnerLive = &ownership.Owner{Node: alpha, Host: "alpha", Token: 7}, true
+		})
+		s.want("GET", statePath, "", 200, `[{"dataset_id":"`+id1+`","maximum_size":10737418240}]`)
+		if got := s.ask("GET", datasetsPath, ""); !strings.Contains(got.body, `"primary":"`+alpha+`"`) {
+			t.Errorf("the configuration: %s", got.body)
+		}
+		s.ask("POST", datasetsPath+"/"+id1, `{"primary":"`+alpha+`"}`)
+		s.want("GET", statePath, "", 200, `[{"dataset_id":"`+id1+`","maximum_size":10737418240,"primary":"`+alpha+`","path":"/flocker/mnt/`+id1+`/data"}]`)
 	})
 	t.Run("one that is being made", func(t *testing.T) {
 		s := serve(t)
@@ -566,6 +580,9 @@ func TestNodesState(t *testing.T) {
 		s.want("GET", "/v1/state/nodes", "", 200, strings.ReplaceAll(all, "10.0.0.2", "beta"))
 		s.change("", "", "", func(s *ownership.State) { s.Nodes[0].Live = false })
 		s.want("GET", "/v1/state/nodes", "", 200, `[{"uuid":"`+beta+`","host":"beta"}]`)
+		s.change("", "", "", func(s *ownership.State) { s.Nodes[0].Live, s.Nodes[0].State = true, ownership.Removed })
+		s.want("GET", "/v1/state/nodes", "", 200, `[{"uuid":"`+beta+`","host":"beta"}]`)
+		s.want("GET", "/v1/state/nodes/by_era/boot-of-alpha", "", 404, `{"description":"No node found with given era."}`)
 		if len(nodes(s)) != 2 {
 			t.Error("the test has lost a node")
 		}
@@ -630,6 +647,26 @@ func TestEtcdAway(t *testing.T) {
 		if got.status != 503 || got.header.Get("Retry-After") != "5" || !strings.Contains(got.body, "ownership cannot be checked: etcd does not answer.") {
 			t.Errorf("%s %s: %d %s (Retry-After: %s)", c[0], c[1], got.status, got.body, got.header.Get("Retry-After"))
 		}
+	}
+}
+
+// A host that nobody has asked for some minutes does not follow etcd: the first who asks again
+// waits a moment, and gets what is so now.
+func TestHeardAgain(t *testing.T) {
+	rest.Set(t, rest.Freshness, 2*long)
+	s := serve(t)
+	s.add("db", id1)
+	s.stale = time.Hour
+	before := s.waited()
+	asked := make(chan reply, 1)
+	go func() {
+		got, _ := send(t, s.client("anna"), "GET", s.url(statePath), "")
+		asked <- got
+	}()
+	until(t, "it does not wait for etcd", func() bool { return s.waited() > before })
+	s.change("", "", "", func(st *ownership.State) { st.Views, s.stale = nil, 0 })
+	if got := <-asked; got.status != 200 || got.body != "[]" || got.header.Get("X-Flocker-Stale-Seconds") != "" {
+		t.Errorf("%d %s, stale for %q s", got.status, got.body, got.header.Get("X-Flocker-Stale-Seconds"))
 	}
 }
 

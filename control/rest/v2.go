@@ -5,10 +5,8 @@ import (
 	"cmp"
 	"context"
 	_ "embed"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"net/url"
 	"slices"
@@ -18,6 +16,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/flocker-plugin/flocker/control"
 	"github.com/flocker-plugin/flocker/driver"
 	"github.com/flocker-plugin/flocker/driver/ownership"
 )
@@ -38,6 +37,7 @@ var v2 = []route{
 	{http.MethodGet, "/v2/volumes/{name}/wait", (*API).v2Wait},
 	{http.MethodGet, "/v2/nodes", (*API).v2Nodes},
 	{http.MethodGet, "/v2/nodes/{host}", (*API).v2Node},
+	{http.MethodDelete, "/v2/nodes/{host}", (*API).v2RemoveNode},
 	{http.MethodPost, "/v2/nodes/{host}/cordon", (*API).v2Cordon},
 	{http.MethodPost, "/v2/nodes/{host}/uncordon", (*API).v2Uncordon},
 	{http.MethodPost, "/v2/nodes/{host}/drain", (*API).v2Drain},
@@ -164,43 +164,37 @@ type busy struct {
 	Detail     string   `json:"detail,omitempty"`
 }
 
-func (a *API) v2Description(*http.Request) (answer, error) { return ok(openapi), nil }
+func (a *API) v2Description(r *http.Request) (answer, error) {
+	_, err := query(r)
+	return ok(openapi), err
+}
 
-func (a *API) v2Version(*http.Request) (answer, error) { return ok(version{a.Version}), nil }
+func (a *API) v2Version(r *http.Request) (answer, error) {
+	_, err := query(r)
+	return ok(version{a.Version}), err
+}
 
-// The states of a volume.
+// The states of a volume that the map has no words for.
 const (
 	stateMounted = "mounted"
-	stateOwned   = "owned"
-	stateFree    = "free"
-	stateSilent  = "owner not responding"
-	stateTaken   = "being taken over"
 	stateGone    = "gone" // only to wait for
 )
 
 func volumeOf(v *ownership.View) volume {
 	d := v.Volume
 	shown := volume{
-		Name: d.Name, ID: d.ID, State: stateFree, Bytes: d.Size, Filesystem: d.FS, Backend: d.Backend,
+		Name: d.Name, ID: d.ID, Bytes: d.Size, Filesystem: d.FS, Backend: d.Backend,
 		Profile: d.Profile, Options: d.Options, Labels: d.Labels, Created: d.Created,
 	}
+	shown.State, shown.Detail = v.State()
 	if o := v.Owner; o != nil {
-		shown.State, shown.Owner = stateOwned, &owner{o.Node, o.Host, v.OwnerLive, o.Token}
-		switch {
-		case o.Pending != nil:
-			shown.State, shown.Detail = stateTaken, "from host "+o.Pending.Host
-		case !v.OwnerLive:
-			shown.State, shown.Detail = stateSilent, "host "+o.Host+" has not been heard from"
-		}
+		shown.Owner = &owner{o.Node, o.Host, v.OwnerLive, o.Token}
 	}
 	if p := present(v); p != nil {
 		shown.Mounted = &mounted{p.Node, p.Path, p.Since}
-		if shown.State == stateOwned {
+		if shown.State == ownership.StateOwned {
 			shown.State = stateMounted
 		}
-	}
-	if d.Phase != ownership.PhaseReady {
-		shown.State, shown.Detail = string(d.Phase), d.Reason
 	}
 	if p := v.Placement; p != nil {
 		shown.Placement = &placement{p.Node, p.Host, p.By, p.At}
@@ -295,7 +289,7 @@ func (a *API) v2Create(r *http.Request) (answer, error) {
 	if err := strict(r, &body); err != nil {
 		return answer{}, err
 	}
-	if !nameForm.MatchString(body.Name) {
+	if driver.ValidName(body.Name) != nil {
 		return answer{}, badRequest("Volume name %q is not valid: use 1 to 128 letters, digits, _ . and -, beginning with a letter or digit.", body.Name)
 	}
 	if body.ID != "" && !uuid4Form.MatchString(body.ID) {
@@ -305,40 +299,42 @@ func (a *API) v2Create(r *http.Request) (answer, error) {
 	if err != nil {
 		return answer{}, err
 	}
-	body.ID = strings.ToLower(body.ID)
-	if body.ID != "" && (byID(s, body.ID) != nil || gone(s, body.ID) != nil) {
-		return answer{}, &refusal{status: http.StatusConflict, text: fmt.Sprintf("Id %s is in use, or was.", body.ID)}
+	c := driver.CreateRequest{
+		Name: body.Name, ID: cmp.Or(strings.ToLower(body.ID), uuid.NewString()),
+		Options: body.Options, Labels: body.Labels, By: by(r.Context()), New: true,
 	}
-	if other := byName(s, body.Name); other != nil {
-		return answer{}, &refusal{status: http.StatusConflict, text: fmt.Sprintf("There is a volume %s already.", body.Name)}
+	if err := taken(s, c.Name, c.ID); err != nil {
+		return answer{}, v2Taken(err)
 	}
 	if body.Host != "" {
-		if err := target(s, body.Host); err != nil {
+		if err := mayGet(s, body.Host); err != nil {
 			return answer{}, err
 		}
 	}
-	made, err := a.Driver.CreateVolume(r.Context(), driver.CreateRequest{
-		// With an id, what somebody else makes under this name meanwhile is not taken for it.
-		Name: body.Name, ID: cmp.Or(body.ID, uuid.NewString()), Options: body.Options, Labels: body.Labels, By: by(r.Context()),
-	})
+	v, unplaced, err := a.create(r.Context(), c, body.Host)
 	if err != nil {
-		return answer{}, err
+		return answer{}, v2Taken(err)
 	}
-	vol := made.Definition
-	v := &ownership.View{Volume: vol}
-	revision := vol.Revision
-	if body.Host != "" {
-		placed, err := a.Driver.Move(r.Context(), vol.Name, body.Host, by(r.Context()))
-		if err != nil {
-			return answer{}, fmt.Errorf("volume %s was made, but is to be on no host yet: %w", vol.Name, err)
-		}
-		v.Placement, revision = &placed, max(revision, placed.Revision)
+	shown := a.now(v)
+	if unplaced != nil && shown.Placement == nil {
+		shown.Detail = "it is to be on no host yet: " + unplaced.Error()
 	}
-	a.seenRevision(r.Context(), revision)
 	return answer{
-		status: http.StatusCreated, body: a.now(v),
-		header: http.Header{"Location": {"/v2/volumes/" + url.PathEscape(vol.Name)}},
+		status: http.StatusCreated, body: shown,
+		header: http.Header{"Location": {"/v2/volumes/" + url.PathEscape(shown.Name)}},
 	}, nil
+}
+
+// v2Taken is an error of a create, with its text if its name or id is taken.
+func v2Taken(err error) error {
+	e, ok := errors.AsType[*ownership.TakenError](err)
+	switch {
+	case !ok:
+		return err
+	case e.By == "", e.By == e.ID:
+		return &refusal{status: http.StatusConflict, text: fmt.Sprintf("Id %s is in use, or was.", e.ID)}
+	}
+	return &refusal{status: http.StatusConflict, text: fmt.Sprintf("There is a volume %s already.", e.Name)}
 }
 
 // now is a volume as it is seen after a change, or, before that is seen, as it was
@@ -392,7 +388,7 @@ func (a *API) v2Move(r *http.Request) (answer, error) {
 		return answer{}, noVolume(r.PathValue("name"))
 	}
 	if *body.Host != "" {
-		if err := target(s, *body.Host); err != nil {
+		if err := mayGet(s, *body.Host); err != nil {
 			return answer{}, err
 		}
 	}
@@ -418,11 +414,11 @@ func (a *API) v2Wait(r *http.Request) (answer, error) {
 		return answer{}, err
 	}
 	want, host, name := q.Get("state"), q.Get("host"), r.PathValue("name")
-	states := []string{stateFree, stateOwned, stateMounted, stateGone}
+	states := []string{ownership.StateFree, ownership.StateOwned, stateMounted, stateGone}
 	if !slices.Contains(states, want) {
 		return answer{}, badRequest("state=%s cannot be waited for: use one of %s.", want, strings.Join(states, ", "))
 	}
-	if host != "" && (want == stateFree || want == stateGone) {
+	if host != "" && (want == ownership.StateFree || want == stateGone) {
 		return answer{}, badRequest("A volume that is %s is on no host: leave host= out.", want)
 	}
 	timeout := 30 * time.Second
@@ -454,24 +450,28 @@ func (a *API) v2Wait(r *http.Request) (answer, error) {
 			return answer{status: http.StatusOK, body: now, header: header}, nil
 		}
 		next, err := a.Cluster.Wait(ctx, s.Revision)
-		if err != nil {
+		switch {
+		case err == nil:
+			s = next
+		case errors.Is(ctx.Err(), context.Canceled): // or the client has gone away
+			return answer{}, &refusal{status: http.StatusServiceUnavailable, text: "The plugin ends on this host: ask another one."}
+		default:
 			return answer{}, &refusal{
 				status: http.StatusGatewayTimeout, body: &now,
 				text: fmt.Sprintf("Volume %s is not %s within %v: it is %s.", name, want, timeout, now.State),
 			}
 		}
-		s = next
 	}
 }
 
-// maxWait leaves a moment for the answer.
-const maxWait = patience - 10*time.Second
+// maxWait leaves a moment for the answer, within patience.
+const maxWait = 100 * time.Second
 
 // isIn says whether a volume is in a state, on a host if one is named. What is mounted is
 // owned, too.
 func isIn(v volume, state, host string) bool {
 	on := host == "" || v.Owner != nil && (v.Owner.Host == host || v.Owner.Node == host)
-	return on && (v.State == state || state == stateOwned && v.State == stateMounted)
+	return on && (v.State == state || state == ownership.StateOwned && v.State == stateMounted)
 }
 
 func memberOf(n *ownership.NodeStatus) member {
@@ -510,44 +510,14 @@ func (a *API) host(r *http.Request) (*ownership.NodeStatus, http.Header, error) 
 	if err != nil {
 		return nil, nil, err
 	}
-	n := nodeOf(s, r.PathValue("host"))
-	if n == nil {
-		return nil, nil, noHost(s, r.PathValue("host"))
-	}
-	return n, header, nil
-}
-
-// target refuses a host that gets nothing.
-func target(s *ownership.State, host string) error {
-	switch n := nodeOf(s, host); {
-	case n == nil:
-		return noHost(s, host)
-	case n.State == ownership.Cordoned:
-		return &refusal{status: http.StatusConflict, text: fmt.Sprintf("Host %s is cordoned: choose another one, or uncordon it.", n.Host)}
-	}
-	return nil
-}
-
-func noHost(s *ownership.State, host string) error {
-	var names []string
-	twice := 0
-	for _, n := range s.Nodes {
-		if n.State == ownership.Removed {
-			continue
-		}
-		names = append(names, n.Host)
-		if n.Host == host {
-			twice++
-		}
-	}
-	if twice > 1 {
-		return &refusal{status: http.StatusConflict, text: fmt.Sprintf("%d nodes have the host name %s: use the id of the one you mean.", twice, host)}
-	}
-	slices.Sort(names)
-	return &refusal{status: http.StatusNotFound, text: fmt.Sprintf("There is no host %q; there are: %s.", host, cmp.Or(strings.Join(names, ", "), "none"))}
+	n, err := nodeOf(s, r.PathValue("host"))
+	return n, header, err
 }
 
 func (a *API) v2Node(r *http.Request) (answer, error) {
+	if _, err := query(r); err != nil {
+		return answer{}, err
+	}
 	n, header, err := a.host(r)
 	if err != nil {
 		return answer{}, err
@@ -571,7 +541,7 @@ func (a *API) cordon(r *http.Request, on bool) (answer, error) {
 	}
 	cordoned := *n
 	a.seen(r.Context(), func(s *ownership.State) bool {
-		if now := nodeOf(s, n.ID); now != nil {
+		if now, err := nodeOf(s, n.ID); err == nil {
 			cordoned = *now
 		}
 		return (cordoned.State == ownership.Cordoned) == on
@@ -596,6 +566,25 @@ func (a *API) v2Drain(r *http.Request) (answer, error) {
 		shown.Busy = append(shown.Busy, busy{b.Name, list(b.Containers), b.Detail})
 	}
 	return ok(shown), nil
+}
+
+// v2RemoveNode is for a host that does not come back.
+func (a *API) v2RemoveNode(r *http.Request) (answer, error) {
+	if _, err := query(r); err != nil {
+		return answer{}, err
+	}
+	n, _, err := a.host(r)
+	if err != nil {
+		return answer{}, err
+	}
+	if err := a.Driver.RemoveNode(r.Context(), n.ID, by(r.Context())); err != nil {
+		return answer{}, err
+	}
+	a.seen(r.Context(), func(s *ownership.State) bool {
+		_, err := nodeOf(s, n.ID)
+		return err != nil
+	})
+	return answer{status: http.StatusNoContent}, nil
 }
 
 // list is never null.
@@ -641,8 +630,12 @@ func number(q url.Values, name string, fallback, least, most int) (int, error) {
 	return n, nil
 }
 
-// strict reads a body that is one JSON object with fields that are known, or nothing.
+// strict reads a body that is one JSON object with fields that are known, or nothing. All that
+// is asked for is in there: parameters there are none.
 func strict(r *http.Request, into any) error {
+	if _, err := query(r); err != nil {
+		return err
+	}
 	data, err := read(r)
 	if err != nil {
 		return err
@@ -650,13 +643,8 @@ func strict(r *http.Request, into any) error {
 	if len(bytes.TrimSpace(data)) == 0 {
 		data = []byte("{}")
 	}
-	dec := json.NewDecoder(bytes.NewReader(data))
-	dec.DisallowUnknownFields()
-	if err := dec.Decode(into); err != nil {
-		return badRequest("The request body is not what it should be: %v.", err)
-	}
-	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
-		return badRequest("The request body goes on after its JSON object.")
+	if err := control.Decode(data, into); err != nil {
+		return badRequest("The request body %v.", err)
 	}
 	return nil
 }

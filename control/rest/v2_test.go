@@ -56,6 +56,10 @@ func TestV2(t *testing.T) {
 		{"a volume", "GET", "/v2/volumes/db", "", 200, vol("db", id1, `"state":"free"`), ""},
 		{"no volume", "GET", "/v2/volumes/web", "", 404, problem(404, `There is no volume \"web\".`), ""},
 		{"a misspelt parameter", "GET", "/v2/volumes?lable=a", "", 400, problem(400, "There is no parameter lable here; there are: limit, after, label."), ""},
+		{"a parameter of the version", "GET", "/v2/version?v=1", "", 400, problem(400, "There is no parameter v here; there are: none."), ""},
+		{"a parameter of the description", "GET", "/v2/openapi.json?v=1", "", 400, problem(400, "There is no parameter v here; there are: none."), ""},
+		{"a parameter of a node", "GET", "/v2/nodes/alpha?v=1", "", 400, problem(400, "There is no parameter v here; there are: none."), ""},
+		{"a parameter of a body", "POST", "/v2/volumes/db/move?host=beta", `{"host":""}`, 400, problem(400, "There is no parameter host here; there are: none."), ""},
 		{"a parameter twice", "GET", "/v2/volumes?limit=1&limit=2", "", 400, problem(400, "limit is given 2 times: give it once."), ""},
 		{"a limit", "GET", "/v2/volumes?limit=1001", "", 400, problem(400, "limit=1001 is not a number from 1 to 1000."), ""},
 		{"half a label", "GET", "/v2/volumes?label=a", "", 400, problem(400, "label=a is not of the form label=KEY=VALUE."), ""},
@@ -68,16 +72,17 @@ func TestV2(t *testing.T) {
 		{"create with an id in use", "POST", "/v2/volumes", `{"name":"web","id":"` + strings.ToUpper(id1) + `"}`, 409, problem(409, "Id "+id1+" is in use, or was."), ""},
 		{"create with a bad id", "POST", "/v2/volumes", `{"name":"web","id":"1"}`, 400, problem(400, `Id \"1\" is not a UUID of version 4: leave it out, and one is made.`), ""},
 		{"create with a path", "POST", "/v2/volumes", `{"name":"../etc"}`, 400, problem(400, `Volume name \"../etc\" is not valid: use 1 to 128 letters, digits, _ . and -, beginning with a letter or digit.`), ""},
-		{"create on no host", "POST", "/v2/volumes", `{"name":"web","host":"gamma"}`, 404, problem(404, `There is no host \"gamma\"; there are: alpha, beta.`), ""},
+		{"create on no host", "POST", "/v2/volumes", `{"name":"web","host":"gamma"}`, 404, problem(404, `no host \"gamma\" is known; there are: alpha, beta.`), ""},
 		{"an unknown field", "POST", "/v2/volumes", `{"name":"web","sise":1}`, 400, problem(400, `The request body is not what it should be: json: unknown field \"sise\".`), ""},
 		{"more than a body", "POST", "/v2/volumes", `{"name":"web"}{}`, 400, problem(400, `The request body goes on after its JSON object.`), ""},
 		{"move", "POST", "/v2/volumes/db/move", `{"host":"alpha"}`, 200, vol("db", id1, mountedOnAlpha), `move db to "alpha" by user-anna`},
 		{"move nowhere", "POST", "/v2/volumes/db/move", `{"host":""}`, 200, vol("db", id1, `"state":"free"`), `move db to "" by user-anna`},
 		{"move without a host", "POST", "/v2/volumes/db/move", ``, 400, problem(400, `host is missing: say which, or \"\" for none.`), ""},
-		{"move to no host", "POST", "/v2/volumes/db/move", `{"host":"gamma"}`, 404, problem(404, `There is no host \"gamma\"; there are: alpha, beta.`), ""},
+		{"move to no host", "POST", "/v2/volumes/db/move", `{"host":"gamma"}`, 404, problem(404, `no host \"gamma\" is known; there are: alpha, beta.`), ""},
 		{"move of nothing", "POST", "/v2/volumes/web/move", `{"host":"alpha"}`, 404, problem(404, `There is no volume \"web\".`), ""},
-		{"delete", "DELETE", "/v2/volumes/db", "", 204, "", "remove db"},
-		{"delete that one", "DELETE", "/v2/volumes/db?id=" + id1, "", 204, "", "remove db"},
+		{"delete", "DELETE", "/v2/volumes/db", "", 204, "", "remove db by user-anna"},
+		{"delete that one", "DELETE", "/v2/volumes/db?id=" + id1, "", 204, "", "remove db by user-anna"},
+		{"delete that one, in capitals", "DELETE", "/v2/volumes/db?id=" + strings.ToUpper(id1), "", 204, "", "remove db by user-anna"},
 		{"delete another one", "DELETE", "/v2/volumes/db?id=" + id2, "", 404, problem(404, `There is no volume \"db\".`), ""},
 		{"delete nothing", "DELETE", "/v2/volumes/web", "", 404, problem(404, `There is no volume \"web\".`), ""},
 		{"wait for what it is", "GET", "/v2/volumes/db/wait?state=free", "", 200, vol("db", id1, `"state":"free"`), ""},
@@ -91,12 +96,15 @@ func TestV2(t *testing.T) {
 		{"nodes", "GET", "/v2/nodes", "", 200, `{"nodes":[{"id":"` + alpha + `","host":"alpha","address":"10.0.0.1","boot":"boot-of-alpha","state":"live","volumes":0},` +
 			`{"id":"` + beta + `","host":"beta","address":"10.0.0.2","boot":"boot-of-beta","state":"live","volumes":0}],"revision":101}`, ""},
 		{"a node", "GET", "/v2/nodes/" + beta, "", 200, `{"id":"` + beta + `","host":"beta","address":"10.0.0.2","boot":"boot-of-beta","state":"live","volumes":0}`, ""},
-		{"no node", "GET", "/v2/nodes/gamma", "", 404, problem(404, `There is no host \"gamma\"; there are: alpha, beta.`), ""},
+		{"no node", "GET", "/v2/nodes/gamma", "", 404, problem(404, `no host \"gamma\" is known; there are: alpha, beta.`), ""},
 		{"cordon", "POST", "/v2/nodes/beta/cordon", "", 200, `{"id":"` + beta + `","host":"beta","address":"10.0.0.2","boot":"boot-of-beta","state":"cordoned","volumes":0}`, "cordon " + beta + " true by user-anna"},
 		{"uncordon", "POST", "/v2/nodes/beta/uncordon", "{}", 200, `{"id":"` + beta + `","host":"beta","address":"10.0.0.2","boot":"boot-of-beta","state":"live","volumes":0}`, "cordon " + beta + " false by user-anna"},
 		{"cordon, and what else", "POST", "/v2/nodes/beta/cordon", `{"force":true}`, 400, problem(400, `The request body is not what it should be: json: unknown field \"force\".`), ""},
 		{"drain", "POST", "/v2/nodes/beta/drain", "", 200, `{"released":["a"],"moving":[],"busy":[{"name":"b","containers":["web"]}]}`, "drain " + beta + " by user-anna"},
-		{"drain nobody", "POST", "/v2/nodes/gamma/drain", "", 404, problem(404, `There is no host \"gamma\"; there are: alpha, beta.`), ""},
+		{"remove a node", "DELETE", "/v2/nodes/beta", "", 204, "", "remove node " + beta + " by user-anna"},
+		{"remove no node", "DELETE", "/v2/nodes/gamma", "", 404, problem(404, `no host \"gamma\" is known; there are: alpha, beta.`), ""},
+		{"remove a node, and what else", "DELETE", "/v2/nodes/beta?force=true", "", 400, problem(400, "There is no parameter force here; there are: none."), ""},
+		{"drain nobody", "POST", "/v2/nodes/gamma/drain", "", 404, problem(404, `no host \"gamma\" is known; there are: alpha, beta.`), ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			s := serve(t)
@@ -214,15 +222,17 @@ func TestV2Wait(t *testing.T) {
 	} {
 		s.change("", "", "", func(st *ownership.State) { st.Views = nil })
 		s.add("db", id1)
-		done := make(chan reply, 1)
+		done, before := make(chan reply, 1), s.waited()
 		go func() {
 			got, _ := send(t, s.client("anna"), "GET", s.url("/v2/volumes/db/wait?timeout=60s&"+c.query), "")
 			done <- got
 		}()
-		select {
-		case got := <-done:
-			t.Fatalf("%s: at once %d %s", c.query, got.status, got.body)
-		case <-time.After(100 * time.Millisecond):
+		for s.waited() == before {
+			select {
+			case got := <-done:
+				t.Fatalf("%s: at once %d %s", c.query, got.status, got.body)
+			case <-time.After(time.Millisecond):
+			}
 		}
 		c.change()
 		select {
@@ -232,6 +242,30 @@ func TestV2Wait(t *testing.T) {
 			}
 		case <-time.After(2 * long):
 			t.Errorf("%s: no answer", c.query)
+		}
+	}
+}
+
+// What a volume is not is not waited for as if it were.
+func TestV2WaitInVain(t *testing.T) {
+	s := serve(t)
+	s.add("db", id1)
+	for _, c := range []struct {
+		query string
+		live  bool
+		state string
+	}{
+		{"state=mounted", true, "owned"},
+		{"state=free", true, "owned"},
+		{"state=owned&host=beta", true, "owned"},
+		{"state=owned", false, "owner not responding"},
+	} {
+		s.view("db", func(v *ownership.View) {
+			v.Owner, v.OwnerLive = &ownership.Owner{Volume: id1, Node: alpha, Host: "alpha", Token: 7}, c.live
+		})
+		got := s.ask("GET", "/v2/volumes/db/wait?timeout=50ms&"+c.query, "")
+		if got.status != 504 || !strings.Contains(got.body, "within 50ms: it is "+c.state+".") {
+			t.Errorf("%s: %d %s, want 504, it is %s", c.query, got.status, got.body, c.state)
 		}
 	}
 }
@@ -334,7 +368,12 @@ func TestEvents(t *testing.T) {
 		}
 		s.documented("GET", "/v2/events", got)
 	}
-	got := s.ask("GET", "/v2/events?after=x", "")
+	// The header of a stream is no page's.
+	got := s.ask("GET", "/v2/events?limit=1", "", "Last-Event-ID", last)
+	if !strings.Contains(got.body, `"volume":"old"`) {
+		t.Errorf("a page with Last-Event-ID is %s", got.body)
+	}
+	got = s.ask("GET", "/v2/events?after=x", "")
 	if want := problem(400, "after=x is not a revision, as the events have."); got.status != 400 || got.body != want {
 		t.Errorf("%d %s, want %s", got.status, got.body, want)
 	}
@@ -400,6 +439,197 @@ func TestEventClientsGo(t *testing.T) {
 	}
 }
 
+// Of two hosts that make a volume at the same time, one is told that it has, and the other
+// that there is one.
+func TestCreateAtOnce(t *testing.T) {
+	for _, c := range []struct{ path, body, first, answer string }{
+		{datasetsPath, `{"primary":"` + alpha + `","dataset_id":"` + id1 + `","metadata":{"name":"db"}}`, id1, `{"description":"The provided dataset_id is already in use."}`},
+		{datasetsPath, `{"primary":"` + alpha + `","dataset_id":"` + id1 + `","metadata":{"name":"db"}}`, id2, `{"description":"The name \"db\" is in use by dataset ` + id2 + `."}`},
+		{"/v2/volumes", `{"name":"db","id":"` + id1 + `"}`, id1, problem(409, "Id "+id1+" is in use, or was.")},
+		{"/v2/volumes", `{"name":"db","id":"` + id1 + `"}`, id2, problem(409, "There is a volume db already.")},
+	} {
+		s := serve(t)
+		s.first = &c.first
+		if got := s.ask("POST", c.path, c.body); got.status != 409 || got.body != c.answer {
+			t.Errorf("%s: %d %s, want %s", c.body, got.status, got.body, c.answer)
+		}
+		if calls := strings.Join(s.asks(), ", "); strings.Contains(calls, "move") {
+			t.Errorf("the driver was asked for %s", calls)
+		}
+	}
+}
+
+// A host that has gone or was cordoned since this one has heard of it is refused as if it had
+// been known.
+func TestHostsSince(t *testing.T) {
+	nobody := fmt.Errorf("volume db: %w", &ownership.NoHostError{Host: beta, Known: []string{"alpha"}})
+	cordoned := fmt.Errorf("volume db: %w", &ownership.NodeStateError{Node: ownership.Node{Host: "beta", State: ownership.Cordoned}})
+	removed := fmt.Errorf("volume db: %w", &ownership.NodeStateError{Node: ownership.Node{Host: "beta", State: ownership.Removed}})
+	twice := &ownership.AmbiguousError{Host: "beta", IDs: []string{"n1", "n2"}}
+	v1 := func(text string) string { return `{"description":` + quoted(text) + `}` }
+	const (
+		primary = `{"primary":"` + beta + `"}`
+		lease   = `{"dataset_id":"` + id1 + `","node_uuid":"` + beta + `","expires":null}`
+	)
+	for _, c := range []struct {
+		path, body string
+		err        error
+		status     int
+		answer     string
+	}{
+		{datasetsPath + "/" + id1, primary, nobody, 400, v1("The provided primary node is not part of the cluster.")},
+		{datasetsPath + "/" + id1, primary, cordoned, 400, v1("Host beta is cordoned: choose another node.")},
+		{datasetsPath + "/" + id1, primary, removed, 400, v1("The provided primary node is not part of the cluster.")},
+		{leasesPath, lease, nobody, 400, v1("The provided primary node is not part of the cluster.")},
+		{"/v2/volumes/db/move", `{"host":"beta"}`, nobody, 404, problem(404, `volume db: no host "`+beta+`" is known; there are: alpha.`)},
+		{"/v2/volumes/db/move", `{"host":"beta"}`, twice, 409, problem(409, "2 nodes have the host name beta; say which one by its id: n1, n2.")},
+		{"/v2/nodes/beta/cordon", "", &ownership.NodeStateError{Node: ownership.Node{Host: "beta", State: "lost"}}, 409, problem(409, "host beta is marked lost in the cluster: choose another host.")},
+		{"/v2/nodes/beta/cordon", "", twice, 409, problem(409, "2 nodes have the host name beta; say which one by its id: n1, n2.")},
+	} {
+		s := serve(t)
+		s.add("db", id1)
+		s.placing = c.err
+		if got := s.ask("POST", c.path, c.body); got.status != c.status || got.body != c.answer {
+			t.Errorf("%s, %v:\n%d %s, want\n%d %s", c.path, c.err, got.status, got.body, c.status, c.answer)
+		}
+	}
+	// Two of a name that this host knows of.
+	s := serve(t)
+	s.change("", "", "", func(st *ownership.State) { st.Nodes[1].Host = "alpha" })
+	if got := s.ask("GET", "/v2/nodes/alpha", ""); got.status != 409 || got.body != problem(409, "2 nodes have the host name alpha; say which one by its id: "+alpha+", "+beta+".") {
+		t.Errorf("%d %s", got.status, got.body)
+	}
+	if got := s.ask("GET", "/v2/nodes/"+beta, ""); got.status != 200 {
+		t.Errorf("%d %s", got.status, got.body)
+	}
+}
+
+// A volume that was made is answered as made, also if by then its host gets nothing more, or
+// etcd does not answer: who is refused thinks that there is none.
+func TestMadeAndPlacedNowhere(t *testing.T) {
+	for _, err := range []error{
+		fmt.Errorf("volume web: %w", &ownership.NodeStateError{Node: ownership.Node{Host: "beta", State: ownership.Cordoned}}),
+		fmt.Errorf("volume web: %w", &ownership.NoHostError{Host: beta}),
+		fmt.Errorf("%w: etcd does not answer", ownership.ErrUnavailable),
+	} {
+		s := serve(t)
+		s.placing = err
+		s.want("POST", datasetsPath, `{"dataset_id":"`+id1+`","primary":"`+beta+`"}`, 201, row(id1, "00000000-0000-0000-0000-000000000000", false, `{}`))
+		s.want("GET", datasetsPath, "", 200, "["+row(id1, "00000000-0000-0000-0000-000000000000", false, `{}`)+"]")
+		s.want("GET", statePath, "", 200, `[{"dataset_id":"`+id1+`","maximum_size":10737418240}]`)
+		got := s.ask("POST", "/v2/volumes", `{"name":"web","id":"`+id2+`","host":"beta"}`)
+		if want := vol("web", id2, `"state":"free","detail":"it is to be on no host yet: `+strings.ReplaceAll(err.Error(), `"`, `\"`)+`"`); got.status != 201 || got.body != want || got.header.Get("Location") != "/v2/volumes/web" {
+			t.Errorf("%d %s (Location: %s), want %s", got.status, got.body, got.header.Get("Location"), want)
+		}
+		s.documented("POST", "/v2/volumes", got)
+		if log := s.log.String(); strings.Count(log, "a volume was made, and is to be on no host yet") != 2 {
+			t.Errorf("the log says\n%s", log)
+		}
+		// The client goes on from there.
+		s.placing = nil
+		s.want("POST", datasetsPath+"/"+id1, `{"primary":"`+alpha+`"}`, 200, row(id1, alpha, false, `{}`))
+	}
+}
+
+// A volume whose host was killed while it made it is shown as what it is, and can be removed,
+// or used, which finishes it.
+func TestHalfMade(t *testing.T) {
+	half := func(t *testing.T) *service {
+		t.Helper()
+		s := serve(t)
+		s.add("db", id1)
+		s.view("db", func(v *ownership.View) { v.Volume.Phase = ownership.PhaseCreating })
+		return s
+	}
+	const nowhere = "00000000-0000-0000-0000-000000000000"
+	t.Run("is shown", func(t *testing.T) {
+		s := half(t)
+		s.want("GET", datasetsPath, "", 200, "["+row(id1, nowhere, false, `{"name":"db"}`)+"]")
+		s.want("GET", statePath, "", 200, "[]")
+		want := vol("db", id1, `"state":"creating","detail":"if the host that makes it was stopped, the next mount finishes it, and it can be removed"`)
+		if got := s.ask("GET", "/v2/volumes/db", ""); got.status != 200 || got.body != want {
+			t.Errorf("%d %s, want %s", got.status, got.body, want)
+		}
+		if got := s.ask("GET", "/v2/volumes", ""); got.status != 200 || !strings.HasPrefix(got.body, `{"volumes":[`+want+`]`) {
+			t.Errorf("%d %s, want %s", got.status, got.body, want)
+		}
+		if got := s.ask("GET", "/v2/volumes/db/wait?state=free&timeout=50ms", ""); got.status != 504 || !strings.Contains(got.body, "Volume db is not free within 50ms: it is creating.") {
+			t.Errorf("%d %s", got.status, got.body)
+		}
+	})
+	t.Run("is there", func(t *testing.T) {
+		s := half(t)
+		s.want("POST", datasetsPath, `{"primary":"`+alpha+`","dataset_id":"`+id1+`"}`, 409, `{"description":"The provided dataset_id is already in use."}`)
+		s.want("POST", datasetsPath, `{"primary":"`+alpha+`","metadata":{"name":"db"}}`, 409, `{"description":"The name \"db\" is in use by dataset `+id1+`."}`)
+	})
+	t.Run("gets a primary", func(t *testing.T) {
+		s := half(t)
+		s.want("POST", datasetsPath+"/"+id1, `{"primary":"`+alpha+`"}`, 200, row(id1, alpha, false, `{"name":"db"}`))
+	})
+	for path, status := range map[string]int{datasetsPath + "/" + id1: 200, "/v2/volumes/db?id=" + id1: 204} {
+		t.Run("DELETE "+path, func(t *testing.T) {
+			s := half(t)
+			if got := s.ask("DELETE", path, ""); got.status != status {
+				t.Errorf("%d %s, want %d", got.status, got.body, status)
+			}
+			if calls := s.asks(); !slices.Equal(calls, []string{"remove db by user-anna"}) {
+				t.Errorf("the driver was asked for %q", calls)
+			}
+		})
+	}
+}
+
+func TestRemoveNode(t *testing.T) {
+	s := serve(t)
+	for _, text := range []string{
+		"host beta is live, so it was not removed: drain it, remove its plugin, and wait until it is no longer live",
+		"host beta still owns volumes, so it was not removed: db; mount them on another host first",
+	} {
+		s.err = &ownership.RefusedError{Text: text}
+		if got := s.ask("DELETE", "/v2/nodes/beta", ""); got.status != 409 || got.body != problem(409, text+".") {
+			t.Errorf("%d %s", got.status, got.body)
+		}
+	}
+	s.err = nil
+	if got := s.ask("DELETE", "/v2/nodes/"+beta, ""); got.status != 204 {
+		t.Errorf("%d %s", got.status, got.body)
+	}
+	// What asks next sees it.
+	if got := s.ask("DELETE", "/v2/nodes/beta", ""); got.status != 404 || got.body != problem(404, `no host "beta" is known; there are: alpha.`) {
+		t.Errorf("%d %s", got.status, got.body)
+	}
+	if got := s.ask("GET", "/v2/nodes", ""); !strings.Contains(got.body, `"state":"removed"`) {
+		t.Errorf("%s", got.body)
+	}
+}
+
+// Whoever deletes what somebody else is just deleting is told that there is none.
+func TestV2DeletedMeanwhile(t *testing.T) {
+	s := serve(t)
+	s.add("db", id1)
+	s.RemoveOnly("db")
+	if got := s.ask("DELETE", "/v2/volumes/db", ""); got.status != 404 || got.body != problem(404, `There is no volume "db".`) {
+		t.Errorf("%d %s", got.status, got.body)
+	}
+}
+
+// What is being deleted has its name no more, and can not be leased.
+func TestBeingDeleted(t *testing.T) {
+	s := serve(t)
+	s.add("db", id1)
+	s.view("db", func(v *ownership.View) { v.Volume.Phase = ownership.PhaseDeleting })
+	if got := s.ask("GET", "/v2/volumes/db", ""); got.status != 404 {
+		t.Errorf("%d %s", got.status, got.body)
+	}
+	s.want("POST", leasesPath, `{"dataset_id":"`+id1+`","node_uuid":"`+alpha+`","expires":null}`, 404, `{"description":"Dataset not found."}`)
+	if got := s.ask("POST", "/v2/volumes", `{"name":"db","id":"`+id2+`"}`); got.status != 201 {
+		t.Errorf("%d %s", got.status, got.body)
+	}
+	if got := s.ask("GET", "/v2/volumes/db", ""); got.status != 200 || !strings.Contains(got.body, id2) {
+		t.Errorf("%d %s", got.status, got.body)
+	}
+}
+
 // A cordoned host is given nothing.
 func TestCordoned(t *testing.T) {
 	s := serve(t)
@@ -412,8 +642,8 @@ func TestCordoned(t *testing.T) {
 	}{
 		{datasetsPath, `{"primary":"` + beta + `"}`, 400, `{"description":"Host beta is cordoned: choose another node."}`},
 		{datasetsPath + "/" + id1, `{"primary":"` + beta + `"}`, 400, `{"description":"Host beta is cordoned: choose another node."}`},
-		{"/v2/volumes", `{"name":"web","host":"beta"}`, 409, problem(409, "Host beta is cordoned: choose another one, or uncordon it.")},
-		{"/v2/volumes/db/move", `{"host":"` + beta + `"}`, 409, problem(409, "Host beta is cordoned: choose another one, or uncordon it.")},
+		{"/v2/volumes", `{"name":"web","host":"beta"}`, 409, problem(409, "host beta is cordoned: choose another host, or type: docker flocker node uncordon beta.")},
+		{"/v2/volumes/db/move", `{"host":"` + beta + `"}`, 409, problem(409, "host beta is cordoned: choose another host, or type: docker flocker node uncordon beta.")},
 	} {
 		if got := s.ask("POST", c.path, c.body); got.status != c.status || got.body != c.answer {
 			t.Errorf("%s: %d %s, want %d %s", c.path, got.status, got.body, c.status, c.answer)
