@@ -14,7 +14,7 @@ COMPOSE  := v5.0.2
 GOLANGCI := v2.12.2
 
 # Debian packages: of the tests and the demo, and of the plugin's root file system.
-PACKAGES := btrfs-progs busybox-static ca-certificates containerd docker-compose docker.io \
+PACKAGES := btrfs-progs busybox-static ca-certificates containerd curl docker-compose docker.io \
 	e2fsprogs gcc git iproute2 iptables kmod libc6-dev libnbd-bin libseccomp-dev mmdebstrap nbdkit \
 	pkg-config procps tini util-linux xfsprogs
 ROOTFS := btrfs-progs busybox-static ca-certificates e2fsprogs mount util-linux xfsprogs
@@ -128,14 +128,27 @@ MODULES = $(patsubst %/go.mod,%,$(shell find . -mindepth 2 -name go.mod -not -pa
 test: deps engine plugin-teststore ## everything, with what it needs
 	$(MAKE) --no-print-directory test-unit test-e2e
 
-# The packages whose tests have devices and mounts, which are the machine's: one at a time.
+# The packages whose tests have devices and mounts, which are the machine's: one at a time,
+# beside one of the others.
 DEVICES := /(backends|driver/mount|plugin|e2e)(/|$$)
 
 .PHONY: test-unit
 test-unit: ## all but the tests with Docker hosts
-	$(GO) test -race -timeout 15m $$($(GO) list ./... | grep -v -E '$(DEVICES)')
-	$(GO) test -race -timeout 15m -p 1 $$($(GO) list ./... | grep -E '$(DEVICES)' | grep -v -e /backends/ebs -e /backends/rbd/cephtest -e /e2e/vm)
+	$(MAKE) --no-print-directory -j 2 test-devices test-others
 	for dir in $(MODULES); do (cd $$dir && $(GO) test -race -count 1 -timeout 10m ./...) || exit; done
+
+.PHONY: test-devices
+test-devices:
+	$(GO) test -race -timeout 15m -p 1 $$($(GO) list ./... | grep -E '$(DEVICES)' | grep -v -e /backends/ebs -e /backends/rbd/cephtest -e /e2e/vm)
+
+.PHONY: test-others
+test-others:
+	$(GO) test -race -timeout 15m -p 1 $$($(GO) list ./... | grep -v -E '$(DEVICES)')
+
+.PHONY: test-csi
+test-csi: ## the CSI backend on a strict driver, which csi-sanity judges, and on drivers that others wrote (minutes, as root)
+	$(GO) test -race -count 1 -timeout 15m ./backends/csi/...
+	cd backends/csi/sanity && $(GO) test -race -count 1 -timeout 10m ./...
 
 .PHONY: test-ebs
 test-ebs: ## the EBS backend on an imitation of EC2, which boto3 judges (minutes)
@@ -148,8 +161,11 @@ OPENSTACK := cinder-api cinder-scheduler cinder-volume rabbitmq-server qemu-util
 
 .PHONY: test-openstack
 test-openstack: ## the OpenStack backend on real services, of Debian's packages (many minutes, as root); RUN=TestName
-	$(MAKE) --no-print-directory deps PACKAGES="$(OPENSTACK) $(CEPH)"
-	OPENSTACK=real REQUIRE=root,ceph $(GO) test -race -count 1 -v -timeout 90m $(if $(RUN),-run '$(RUN)') ./backends/openstack
+	$(MAKE) --no-print-directory deps PACKAGES="$(OPENSTACK) $(CEPH) $(ISCSI)"
+	OPENSTACK=real REQUIRE=root,ceph,iscsi $(GO) test -race -count 1 -v -timeout 90m -p 1 $(if $(RUN),-run '$(RUN)') ./backends/attach/iscsi ./backends/openstack
+
+# An iSCSI target in user space, and what attaches its units.
+ISCSI := qemu-block-extra qemu-system-common tgt
 
 # What a Ceph cluster of its own needs, and what attaches its images.
 CEPH := ceph-common ceph-mon ceph-osd qemu-block-extra qemu-system-common
@@ -165,14 +181,14 @@ test-ceph-hosts: deps build ## Docker hosts with volumes in a real Ceph cluster:
 	REQUIRE=root,docker,ceph $(GO) test -race -tags e2e -count 1 -v -timeout 60m -run TestCeph ./e2e
 
 # What runs a virtual machine. Its kernel is unpacked, and not installed.
-VM     := dpkg iproute2 kmod qemu-system-x86 rbd-nbd udev $(CEPH)
+VM     := dpkg iproute2 kmod open-iscsi qemu-system-x86 rbd-nbd tgt udev $(CEPH)
 KERNEL := $(CACHE)/kernel-$(DEBIAN)
 
 .PHONY: test-vm
-test-vm: ## backends in virtual machines: disks that come and go, the kernel's own drivers for Ceph (as root, a quarter of an hour); RUN=TestName
+test-vm: ## backends in virtual machines: disks that come and go, the kernel's own drivers for Ceph and iSCSI (as root, half an hour and more); RUN=TestName
 	$(MAKE) --no-print-directory deps PACKAGES='$(VM)'
 	$(MAKE) --no-print-directory kernel
-	CGO_ENABLED=0 VM_KERNEL=$(KERNEL) REQUIRE=vm,root,ceph $(GO) test -count 1 -v -timeout 50m $(if $(RUN),-run '$(RUN)') ./e2e/vm
+	CGO_ENABLED=0 VM_KERNEL=$(KERNEL) REQUIRE=vm,root,ceph,iscsi $(GO) test -count 1 -v -timeout 90m $(if $(RUN),-run '$(RUN)') ./e2e/vm
 
 .PHONY: kernel
 kernel:

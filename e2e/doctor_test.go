@@ -32,7 +32,7 @@ func TestDoctor(t *testing.T) {
 		}
 		eventually(t, "doctor finds nothing but the clock", func() bool {
 			out := doctor()
-			return regexp.MustCompile(`^kernel +well\nclock +\w+\nplugin +well\ntools +well\netcd +well\nstorage +well\nmounts +well\nleaks +well`).MatchString(out)
+			return regexp.MustCompile(`^kernel +well\nclock +\w+\nplugin +well\ntools +well\ncertificates +well\netcd +well\nstorage +well\nmounts +well\nleaks +well`).MatchString(out)
 		})
 		t.Log(doctor())
 

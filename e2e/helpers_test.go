@@ -3,13 +3,11 @@
 package e2e_test
 
 import (
-	"bytes"
 	"context"
-	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"maps"
-	"net/http"
+	"net"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -18,6 +16,10 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
+	"google.golang.org/grpc"
 
 	"github.com/flocker-plugin/flocker/e2e/rig"
 )
@@ -238,35 +240,27 @@ func (l callLog) want(t *testing.T, volume, want string) []pluginCall {
 // etcdKeys returns the keys of Flocker below a folder: "own/", "req/", ….
 func (c *cluster) etcdKeys(t *testing.T, folder string) []string {
 	t.Helper()
-	begin := []byte("/flocker/v1/" + folder)
-	end := slices.Clone(begin)
-	end[len(end)-1]++
-	encode := base64.StdEncoding.EncodeToString
-	body, err := json.Marshal(map[string]any{"key": encode(begin), "range_end": encode(end), "keys_only": true})
+	secure, err := c.EtcdTLS()
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	etcd, err := clientv3.New(clientv3.Config{Endpoints: c.endpoints, TLS: secure, Logger: zap.NewNop(), DialOptions: []grpc.DialOption{
+		grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) { return c.Dial(ctx, "tcp", addr) }),
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer etcd.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.endpoints[0]+"/v3/kv/range", bytes.NewReader(body))
+	const prefix = "/flocker/v1/"
+	found, err := etcd.Get(ctx, prefix+folder, clientv3.WithPrefix(), clientv3.WithKeysOnly())
 	if err != nil {
 		t.Fatal(err)
 	}
-	client := http.Client{Transport: &http.Transport{DialContext: c.Dial, DisableKeepAlives: true}}
-	resp, err := client.Do(req)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	var found struct {
-		KVs []struct{ Key []byte }
-	}
-	if err := json.NewDecoder(resp.Body).Decode(&found); err != nil || resp.StatusCode != http.StatusOK {
-		t.Fatalf("etcd answers %s: %v", resp.Status, err)
-	}
-	keys := make([]string, len(found.KVs))
-	for i, kv := range found.KVs {
-		keys[i] = strings.TrimPrefix(string(kv.Key), "/flocker/v1/")
+	keys := make([]string, len(found.Kvs))
+	for i, kv := range found.Kvs {
+		keys[i] = strings.TrimPrefix(string(kv.Key), prefix)
 	}
 	return keys
 }

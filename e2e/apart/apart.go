@@ -10,14 +10,17 @@ package apart
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"os/signal"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
@@ -79,15 +82,19 @@ func contain() (code int, err error) {
 // release lets go of what others have mounted of loop devices: this namespace would keep
 // it until the end of the tests. What they stand on stays.
 func release() error {
-	table, err := os.ReadFile("/proc/self/mountinfo")
+	table, err := os.Open("/proc/self/mountinfo")
 	if err != nil {
 		return err
 	}
+	defer table.Close()
 	here, err := os.Getwd()
 	if err != nil {
 		return err
 	}
-	targets := loops(string(table), here, os.TempDir())
+	targets, err := loops(table, here, os.TempDir())
+	if err != nil {
+		return err
+	}
 	for i := range targets {
 		err := unix.Unmount(targets[len(targets)-1-i], unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
 		if err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) { // it went with one above it
@@ -99,21 +106,14 @@ func release() error {
 
 // loops returns where a mount table has loop devices, but for what the directories in use
 // are on.
-func loops(table string, used ...string) (targets []string) {
-lines:
-	for line := range strings.Lines(table) {
-		mount, filesystem, _ := strings.Cut(line, " - ")
-		fields, source := strings.Fields(mount), strings.Fields(filesystem)
-		if len(fields) < 5 || len(source) < 2 || !strings.HasPrefix(source[1], "/dev/loop") {
-			continue
-		}
-		target := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(fields[4])
-		for _, dir := range used {
-			if strings.HasPrefix(dir+"/", strings.TrimSuffix(target, "/")+"/") {
-				continue lines
-			}
-		}
-		targets = append(targets, target)
+func loops(table io.Reader, used ...string) (targets []string, err error) {
+	mounts, err := mountinfo.GetMountsFromReader(table, func(m *mountinfo.Info) (skip, stop bool) {
+		return !strings.HasPrefix(m.Source, "/dev/loop") || slices.ContainsFunc(used, func(dir string) bool {
+			return strings.HasPrefix(dir+"/", strings.TrimSuffix(m.Mountpoint, "/")+"/")
+		}), false
+	})
+	for _, m := range mounts {
+		targets = append(targets, m.Mountpoint)
 	}
-	return targets
+	return targets, err
 }

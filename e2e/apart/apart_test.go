@@ -22,12 +22,12 @@ func TestLoops(t *testing.T) {
 34 22 7:5 / /home/src rw - ext4 /dev/loop5 rw
 35 22 7:6 / /home/src2 rw - ext4 /dev/loop6 rw
 `
-	got := loops(table, "/home/src/project", "/tmp")
-	if want := []string{"/tmp/a", "/tmp/with space", "/home/src2"}; !slices.Equal(got, want) {
-		t.Errorf("got %q, want %q", got, want)
+	got, err := loops(strings.NewReader(table), "/home/src/project", "/tmp")
+	if want := []string{"/tmp/a", "/tmp/with space", "/home/src2"}; err != nil || !slices.Equal(got, want) {
+		t.Errorf("got %q, %v, want %q", got, err, want)
 	}
-	if got := loops("1 0 7:0 / / rw - ext4 /dev/loop0 rw\n", "/tmp"); len(got) > 0 {
-		t.Errorf("got %q, want nothing", got)
+	if got, err := loops(strings.NewReader("1 0 7:0 / / rw - ext4 /dev/loop0 rw\n"), "/tmp"); err != nil || len(got) > 0 {
+		t.Errorf("got %q, %v, want nothing", got, err)
 	}
 }
 

@@ -253,8 +253,9 @@ func (v *hand) attach(ctx context.Context) (err error) {
 	if err := v.qsd.Start(); err != nil {
 		return err
 	}
+	var mount loop.FUSE
 	for shown := false; !shown; {
-		if _, shown, err = loop.FUSEAt(v.shown); err != nil {
+		if mount, shown, err = loop.FUSEAt(v.shown); err != nil {
 			return err
 		}
 		select {
@@ -262,6 +263,12 @@ func (v *hand) attach(ctx context.Context) (err error) {
 			return context.Cause(ctx)
 		case <-time.After(time.Millisecond):
 		}
+	}
+	if _, err := os.Stat(v.shown); err != nil {
+		return err
+	}
+	if err := mount.OneByOne(); err != nil { // as Flocker does, for QEMU's sake
+		return err
 	}
 	v.loop, err = loop.Attach(ctx, v.shown)
 	v.device = v.loop.Path

@@ -2,6 +2,8 @@ package rig
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net/http"
@@ -12,6 +14,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/flocker-plugin/flocker/control/certs"
 )
 
 // etcdMembers is how many the rig's etcd cluster has.
@@ -28,7 +32,7 @@ func (r *Rig) Etcd(ctx context.Context) (endpoints []string, err error) {
 	errs := make([]error, etcdMembers)
 	var wg sync.WaitGroup
 	for i := range etcdMembers {
-		endpoints = append(endpoints, fmt.Sprintf("http://%s:2379", etcdAddr(i)))
+		endpoints = append(endpoints, r.etcdURL(i, 2379))
 		wg.Go(func() {
 			addr := etcdAddr(i) + "/24"
 			if _, errs[i] = r.sw.exec(ctx, "ip", "addr", "add", addr, "dev", "br0"); errs[i] == nil {
@@ -41,6 +45,16 @@ func (r *Rig) Etcd(ctx context.Context) (endpoints []string, err error) {
 }
 
 func etcdAddr(i int) string { return fmt.Sprintf(hostNet, etcdFirst+i) }
+
+func etcdName(i int) string { return fmt.Sprintf("etcd%d", i+1) }
+
+func (r *Rig) etcdURL(i, port int) string {
+	scheme := "http"
+	if r.cfg.Secure {
+		scheme = "https"
+	}
+	return fmt.Sprintf("%s://%s:%d", scheme, etcdAddr(i), port)
+}
 
 // buildProgram builds a program of the rig, from e2e/<name>. Go leaves it alone
 // where it is up to date.
@@ -62,11 +76,14 @@ func buildProgram(ctx context.Context, name string) (program string, err error) 
 func (r *Rig) StartEtcd(ctx context.Context, i int) error {
 	var cluster []string
 	for m := range etcdMembers {
-		cluster = append(cluster, fmt.Sprintf("etcd%d=http://%s:2380", m+1, etcdAddr(m)))
+		cluster = append(cluster, etcdName(m)+"="+r.etcdURL(m, 2380))
 	}
-	name := fmt.Sprintf("etcd%d", i+1)
-	p, err := r.sw.start(ctx, name, nil, r.etcdProgram,
-		"-name", name, "-dir", filepath.Join(r.Dir, "switch", name), "-addr", etcdAddr(i), "-cluster", strings.Join(cluster, ","))
+	name := etcdName(i)
+	args := []string{r.etcdProgram, "-name", name, "-dir", filepath.Join(r.Dir, "switch", name), "-addr", etcdAddr(i), "-cluster", strings.Join(cluster, ",")}
+	if r.cfg.Secure {
+		args = append(args, "-certs", filepath.Join(r.Certs, name))
+	}
+	p, err := r.sw.start(ctx, name, nil, args...)
 	if err != nil {
 		return err
 	}
@@ -90,8 +107,12 @@ func (r *Rig) StartEtcd(ctx context.Context, i int) error {
 func (r *Rig) etcdHealth(ctx context.Context, i int) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
-	client := http.Client{Transport: &http.Transport{DialContext: r.Dial, DisableKeepAlives: true}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://%s:2379/health", etcdAddr(i)), nil)
+	secure, err := r.EtcdTLS()
+	if err != nil {
+		return err
+	}
+	client := http.Client{Transport: &http.Transport{DialContext: r.Dial, DisableKeepAlives: true, TLSClientConfig: secure}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, r.etcdURL(i, 2379)+"/health", nil)
 	if err != nil {
 		return err
 	}
@@ -104,6 +125,26 @@ func (r *Rig) etcdHealth(ctx context.Context, i int) error {
 		return fmt.Errorf("etcd answers %s", resp.Status)
 	}
 	return nil
+}
+
+// EtcdTLS is how etcd is reached, with the certificate of its first member; nil if it has
+// no TLS.
+func (r *Rig) EtcdTLS() (*tls.Config, error) {
+	if !r.cfg.Secure {
+		return nil, nil
+	}
+	in := func(file string) string { return filepath.Join(r.Certs, etcdName(0), file) }
+	cert, err := tls.LoadX509KeyPair(in(certs.NodeFile), in(certs.NodeKey))
+	if err != nil {
+		return nil, err
+	}
+	authority, err := os.ReadFile(in(certs.CAFile))
+	if err != nil {
+		return nil, err
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(authority)
+	return &tls.Config{Certificates: []tls.Certificate{cert}, RootCAs: roots}, nil
 }
 
 // KillEtcd kills member i as a crash does.

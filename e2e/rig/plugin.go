@@ -34,14 +34,9 @@ type pluginDir struct {
 func (h *Host) InstallPlugin(ctx context.Context, settings map[string]string) error {
 	p := &h.r.plugin
 	p.once.Do(func() {
-		from := cmp.Or(h.r.cfg.Plugin, os.Getenv("RIG_PLUGIN"))
-		if from == "" {
-			root, err := sourceRoot()
-			if err != nil {
-				p.err = err
-				return
-			}
-			from = filepath.Join(root, "build", "plugin")
+		var from string
+		if from, p.err = h.r.pluginSource(); p.err != nil {
+			return
 		}
 		if p.err = h.r.commandLine(filepath.Dir(from)); p.err != nil {
 			return
@@ -57,6 +52,15 @@ func (h *Host) InstallPlugin(ctx context.Context, settings map[string]string) er
 		return p.err
 	}
 	return InstallPlugin(ctx, p.path, settings, h.Docker)
+}
+
+// pluginSource is the directory of the plugin as it was built.
+func (r *Rig) pluginSource() (string, error) {
+	if from := cmp.Or(r.cfg.Plugin, os.Getenv("RIG_PLUGIN")); from != "" {
+		return from, nil
+	}
+	root, err := sourceRoot()
+	return filepath.Join(root, "build", "plugin"), err
 }
 
 // commandLine makes docker flocker known, which was built in a directory.

@@ -56,6 +56,8 @@ type Config struct {
 	// what the environment variable RIG_PLUGIN says, or else build/plugin of this
 	// source tree.
 	Plugin string
+	// Secure makes certificates for hosts and etcd, which then has TLS, and the user anna.
+	Secure bool
 	// DockerdArgs are more arguments for each dockerd.
 	DockerdArgs []string
 	// Logf gets notes about the rig's own doings; nil drops them.
@@ -71,6 +73,8 @@ type Rig struct {
 	Dir string
 	// Shared is what every host sees as /var/lib/flocker/loopback.
 	Shared string
+	// Certs is the directory in which docker flocker ca has made certificates, if Secure.
+	Certs string
 
 	cfg  Config
 	lock *os.File
@@ -194,6 +198,11 @@ func Start(ctx context.Context, cfg Config) (_ *Rig, err error) {
 	for i := range cfg.Hosts {
 		r.Hosts = append(r.Hosts, r.newHost(i+1))
 	}
+	if cfg.Secure {
+		if err := r.certify(ctx); err != nil {
+			return nil, err
+		}
+	}
 	began := time.Now()
 	if err := r.each(func(h *Host) error { return h.Boot(ctx) }); err != nil {
 		return nil, err
@@ -259,6 +268,45 @@ func (r *Rig) startSwitch(ctx context.Context) error {
 			echo 0 >/proc/sys/net/bridge/bridge-nf-call-iptables
 		fi`, bridgeAddr)
 	return err
+}
+
+// certify makes certificates as an operator does, with docker flocker ca, and puts the
+// hosts' where the plugin looks for them.
+func (r *Rig) certify(ctx context.Context) error {
+	from, err := r.pluginSource()
+	if err != nil {
+		return err
+	}
+	r.Certs = filepath.Join(r.Dir, "certs")
+	made := [][]string{{"init", "rig"}, {"user", "anna"}}
+	for i := range etcdMembers {
+		// etcd looks at the address from which another member connects, which is the
+		// bridge's for all of them.
+		made = append(made, []string{"node", etcdName(i), "--ip", etcdAddr(i), "--ip", bridgeAddr})
+	}
+	for _, h := range r.Hosts {
+		made = append(made, []string{"node", h.Name, "--ip", h.Addr})
+	}
+	if err := os.Mkdir(r.Certs, 0o700); err != nil {
+		return err
+	}
+	for _, args := range made {
+		args = append([]string{"ca"}, append(args, "--dir", r.Certs)...)
+		cmd := exec.CommandContext(ctx, filepath.Join(filepath.Dir(from), "docker-flocker"), args...)
+		if _, err := output(cmd, "docker flocker "+strings.Join(args, " ")); err != nil {
+			return err
+		}
+	}
+	for _, h := range r.Hosts {
+		state := filepath.Join(h.Dir, "lib", "flocker")
+		if err := os.MkdirAll(state, 0o755); err != nil {
+			return err
+		}
+		if err := os.Rename(filepath.Join(r.Certs, h.Name), filepath.Join(state, "certs")); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Close switches everything off and removes it. It may be called twice.

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/backends/attach/iscsi"
 	"github.com/flocker-plugin/flocker/backends/ebs"
 	"github.com/flocker-plugin/flocker/backends/rbd"
 )
@@ -35,6 +36,9 @@ type order struct {
 }
 
 const orderFile = "/order"
+
+// A program that a machine is given comes as the first, and then is where it stays.
+const broughtFile, programFile = "/program", "/tmp/program"
 
 // beGuest is what this program does as the first process of a machine.
 func beGuest() {
@@ -69,6 +73,11 @@ func serveTest() error {
 			return fmt.Errorf("interface %s: %w", name, err)
 		}
 	}
+	if program, err := os.ReadFile(broughtFile); err == nil {
+		if err := errors.Join(os.WriteFile(programFile, program, 0o755), os.Remove(broughtFile)); err != nil {
+			return err
+		}
+	}
 	if o.Root {
 		if err := enterRoot(); err != nil {
 			return fmt.Errorf("the host's files: %w", err)
@@ -79,7 +88,7 @@ func serveTest() error {
 		return err
 	}
 	server := rpc.NewServer()
-	if err := server.Register(&Guest{files: map[int]*os.File{}}); err != nil {
+	if err := server.Register(&Guest{files: map[int]*os.File{}, initiators: map[string]*iscsi.Kernel{}}); err != nil {
 		return err
 	}
 	server.ServeConn(conn)
@@ -153,8 +162,9 @@ func up(name, address string) error {
 type Guest struct {
 	backend backends.Backend
 
-	mu    sync.Mutex
-	files map[int]*os.File
+	mu         sync.Mutex
+	files      map[int]*os.File
+	initiators map[string]*iscsi.Kernel
 
 	acknowledged atomic.Int64
 }
@@ -195,6 +205,75 @@ func (g *Guest) RBD(o RBDOrder, _ *None) (err error) {
 	}
 	g.backend, err = rbd.New(o.Config, o.Self)
 	return err
+}
+
+// Initiate makes an initiator, or makes it anew: its interface is its name.
+func (g *Guest) Initiate(cfg iscsi.KernelConfig, _ *None) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.initiators[cfg.Interface] = iscsi.NewKernel(cfg)
+	return nil
+}
+
+// Initiator is what an initiator is to do something with.
+type Initiator struct {
+	Name   string
+	LUN    iscsi.LUN
+	Device iscsi.Device
+}
+
+// with has an initiator do something, within a time that is longer than any of its own bounds.
+func (g *Guest) with(of Initiator, do func(ctx context.Context, k *iscsi.Kernel) error) error {
+	ctx, cancel := context.WithTimeout(context.Background(), callLimit)
+	defer cancel()
+	g.mu.Lock()
+	k := g.initiators[of.Name]
+	g.mu.Unlock()
+	return do(ctx, k)
+}
+
+// Connect is the initiator's.
+func (g *Guest) Connect(of Initiator, d *iscsi.Device) error {
+	return g.with(of, func(ctx context.Context, k *iscsi.Kernel) (err error) {
+		*d, err = k.Connect(ctx, of.LUN)
+		return err
+	})
+}
+
+// Disconnect is the initiator's.
+func (g *Guest) Disconnect(of Initiator, clean *bool) error {
+	return g.with(of, func(ctx context.Context, k *iscsi.Kernel) (err error) {
+		*clean, err = k.Disconnect(ctx, of.Device)
+		return err
+	})
+}
+
+// Served is the initiator's.
+func (g *Guest) Served(of Initiator, served *bool) error {
+	return g.with(of, func(_ context.Context, k *iscsi.Kernel) (err error) {
+		*served, err = k.Served(of.Device)
+		return err
+	})
+}
+
+// Devices is the initiator's.
+func (g *Guest) Devices(of Initiator, found *[]iscsi.Device) error {
+	return g.with(of, func(ctx context.Context, k *iscsi.Kernel) (err error) {
+		*found, err = k.Devices(ctx)
+		return err
+	})
+}
+
+// Shell runs a script, up to its first command that fails.
+func (g *Guest) Shell(script string, said *string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), callLimit)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, "/bin/sh", "-euc", script).CombinedOutput()
+	*said = string(out)
+	if err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	return nil
 }
 
 // Attach is the backend's.

@@ -47,6 +47,8 @@ type config struct {
 	host, guest string
 	// root shows the machine this host's files, which it cannot change.
 	root bool
+	// program is a file of this host that the machine has as programFile.
+	program string
 }
 
 // machine is a virtual machine that runs.
@@ -96,7 +98,7 @@ func boot(t *testing.T, cfg config) *machine {
 	if cfg.root {
 		cfg.modules = append(cfg.modules, "9p", "9pnet_virtio")
 	}
-	if err := writeInitramfs(dir+"/initramfs", kernel, cfg.modules, o); err != nil {
+	if err := writeInitramfs(dir+"/initramfs", kernel, cfg, o); err != nil {
 		t.Fatal(err)
 	}
 	images, err := filepath.Glob(kernel + "/boot/vmlinuz-*")
@@ -314,7 +316,12 @@ func (m *machine) hammer(device string) (failed chan string) {
 			failed <- "no writer: " + call.Error.Error()
 		}
 	}()
-	m.until("20 records are acknowledged", func() bool { return m.acknowledged() >= 20 })
+	m.until("20 records are acknowledged", func() bool {
+		if len(failed) > 0 {
+			m.t.Fatal(<-failed)
+		}
+		return m.acknowledged() >= 20
+	})
 	return failed
 }
 
@@ -352,8 +359,8 @@ func wantSaid(t *testing.T, err error, texts ...string) {
 	}
 }
 
-// writeInitramfs makes the first file system of a machine: this program, and modules.
-func writeInitramfs(path, kernel string, modules []string, o order) error {
+// writeInitramfs makes the first file system of a machine: this program, another one, and modules.
+func writeInitramfs(path, kernel string, cfg config, o order) error {
 	self, err := os.Executable()
 	if err != nil {
 		return err
@@ -376,7 +383,7 @@ func writeInitramfs(path, kernel string, modules []string, o order) error {
 	}
 	defer f.Close()
 	archive := &cpio{Writer: f}
-	for _, name := range append([]string{"virtio_pci", "virtio_net", "af_packet"}, modules...) {
+	for _, name := range append([]string{"virtio_pci", "virtio_net", "af_packet"}, cfg.modules...) {
 		out, err := exec.Command("modprobe", "-d", kernel, "-S", filepath.Base(versions[0]), "--show-depends", name).CombinedOutput()
 		if err != nil {
 			return fmt.Errorf("module %s: %w: %s", name, err, out)
@@ -400,6 +407,9 @@ func writeInitramfs(path, kernel string, modules []string, o order) error {
 	}
 	archive.entry(orderFile, 0o100600, told)
 	archive.add("/init", self, 0o100755)
+	if cfg.program != "" {
+		archive.add(broughtFile, cfg.program, 0o100755)
+	}
 	archive.entry("/TRAILER!!!", 0, nil)
 	return errors.Join(archive.err, f.Close())
 }
