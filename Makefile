@@ -202,7 +202,7 @@ kernel:
 		mkdir -p $(CACHE); cp -a root $(KERNEL).new; mv $(KERNEL).new $(KERNEL); }
 
 .PHONY: test-e2e
-test-e2e: ## the tests with Docker hosts; RUN=TestName for some of them
+test-e2e: deps engine plugin-teststore ## the tests with Docker hosts; RUN=TestName for some of them
 	@mkdir -p build
 	@# What failed once more at the end: the daemons' logs are long.
 	{ $(GO) test -race -tags e2e -p 1 -count 1 -timeout 45m $(if $(RUN),-run '$(RUN)') ./e2e/... || touch build/e2e.failed; } 2>&1 | tee build/e2e.log; \
