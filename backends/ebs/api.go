@@ -26,6 +26,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/backends/internal/poll"
 )
 
 // conn is EC2 as this instance sees it.
@@ -74,7 +75,7 @@ func (b *Backend) connect(ctx context.Context) (*conn, error) {
 		o.HTTPClient = &limited{httpClient(b.pace.call), limiter}
 		o.Retryer = retry.NewAdaptiveMode(func(o *retry.AdaptiveModeOptions) {
 			o.StandardOptions = append(o.StandardOptions, func(o *retry.StandardOptions) {
-				o.MaxAttempts, o.MaxBackoff, o.RateLimiter = 8, b.pace.most, ratelimit.None
+				o.MaxAttempts, o.MaxBackoff, o.RateLimiter = 8, b.pace.Most, ratelimit.None
 			})
 		})
 	}))
@@ -179,7 +180,7 @@ func (l *limited) Do(r *http.Request) (*http.Response, error) {
 // its way: only what EC2 has refused for the rate of calls is sent again.
 func (b *Backend) once(o *ec2.Options) {
 	o.Retryer = retry.NewStandard(func(o *retry.StandardOptions) {
-		o.MaxAttempts, o.MaxBackoff, o.RateLimiter = 8, b.pace.most, ratelimit.None
+		o.MaxAttempts, o.MaxBackoff, o.RateLimiter = 8, b.pace.Most, ratelimit.None
 		o.Retryables = []retry.IsErrorRetryable{
 			retry.NoRetryCanceledError{}, retry.RetryableErrorCode{Codes: retry.DefaultThrottleErrorCodes},
 		}
@@ -342,7 +343,7 @@ func (b *Backend) look(ctx context.Context, c *conn, id string) (*volume, error)
 
 func (b *Backend) ask(ctx context.Context, c *conn, l *looks) {
 	defer close(l.done)
-	if l.err = sleep(ctx, b.pace.window); l.err != nil {
+	if l.err = poll.Sleep(ctx, b.pace.window); l.err != nil {
 		return
 	}
 	select {

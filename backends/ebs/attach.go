@@ -13,6 +13,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/ec2/types"
 
 	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/backends/internal/poll"
 )
 
 // known is what EC2 has said of a device, which does not change during its life.
@@ -45,7 +46,7 @@ func (b *Backend) attach(ctx context.Context, req backends.AttachRequest) (backe
 	}
 	a := attaching{b: b, c: c, id: id, req: req}
 	defer a.end()
-	if err := b.until(ctx, b.pace.settle, "volume "+id+" is being attached", func() (bool, error) { return a.step(ctx) }); err != nil {
+	if err := b.pace.Until(ctx, b.pace.settle, "volume "+id+" is being attached", func() (bool, error) { return a.step(ctx) }); err != nil {
 		return none, err
 	}
 	return a.device(ctx)
@@ -273,7 +274,7 @@ func (a *attaching) device(ctx context.Context) (backends.Attachment, error) {
 			return backends.Attachment{}, fmt.Errorf("EC2 says that %s is attached to this instance as %s, but within %s the kernel has shown no device "+
 				"that says it is %s; look at `lsblk -o NAME,SERIAL` and the kernel's log: %w", a.id, a.is.device, a.b.pace.device, a.id, backends.ErrUnavailable)
 		}
-		if err := sleep(ctx, a.b.pace.first/5); err != nil {
+		if err := poll.Sleep(ctx, a.b.pace.First/5); err != nil {
 			return backends.Attachment{}, fmt.Errorf("the device of %s has not appeared yet: %w", a.id, err)
 		}
 	}
@@ -397,7 +398,7 @@ func (b *Backend) here(ctx context.Context, c *conn) (all []*volume, err error) 
 		if !bare || time.Since(started) > b.pace.lag {
 			break
 		}
-		if err := sleep(ctx, b.pace.first); err != nil {
+		if err := poll.Sleep(ctx, b.pace.First); err != nil {
 			return nil, err
 		}
 	}
@@ -436,7 +437,7 @@ func (b *Backend) detach(ctx context.Context, att backends.Attachment) error {
 		for _, on := range v.attached {
 			h, ok := v.tokens[on.instance]
 			for started := time.Now(); !ok && time.Since(started) < b.pace.lag; h, ok = v.tokens[on.instance] {
-				if err := sleep(ctx, b.pace.first); err != nil {
+				if err := poll.Sleep(ctx, b.pace.First); err != nil {
 					return err
 				}
 				if v, err = b.find(ctx, c, id); err != nil {
@@ -473,7 +474,7 @@ func (b *Backend) detach(ctx context.Context, att backends.Attachment) error {
 			return err
 		}
 	}
-	return b.until(ctx, b.pace.device, "the kernel still has the device of "+id, func() (bool, error) {
+	return b.pace.Until(ctx, b.pace.device, "the kernel still has the device of "+id, func() (bool, error) {
 		d, ok, err := b.ownDevice(id, att.Device)
 		if err != nil || !ok {
 			return err == nil, err

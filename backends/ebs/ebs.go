@@ -13,7 +13,6 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
-	"math/rand/v2"
 	"regexp"
 	"strings"
 	"sync"
@@ -25,6 +24,7 @@ import (
 
 	"github.com/flocker-plugin/flocker/backends"
 	"github.com/flocker-plugin/flocker/backends/attach/disk"
+	"github.com/flocker-plugin/flocker/backends/internal/poll"
 )
 
 // Config is what an operator sets. What is left out is asked of the instance's
@@ -83,18 +83,19 @@ type Backend struct {
 
 // pace is how long to wait; a test is faster.
 type pace struct {
-	first, most time.Duration // between two looks at EC2
-	lag         time.Duration // what EC2 may take to show what it has done
-	window      time.Duration // in which looks at volumes become one call
-	settle      time.Duration // for a volume to get into a state
-	device      time.Duration // for a device to appear
-	grace       time.Duration // for a running instance to let go of a volume
-	force       time.Duration // for an instance to stop by itself
-	call        time.Duration // for one try of one call
+	poll.Pace // of looks at EC2
+
+	lag    time.Duration // what EC2 may take to show what it has done
+	window time.Duration // in which looks at volumes become one call
+	settle time.Duration // for a volume to get into a state
+	device time.Duration // for a device to appear
+	grace  time.Duration // for a running instance to let go of a volume
+	force  time.Duration // for an instance to stop by itself
+	call   time.Duration // for one try of one call
 }
 
 var usual = pace{
-	first: 250 * time.Millisecond, most: 5 * time.Second, lag: 3 * time.Second, window: 10 * time.Millisecond,
+	Pace: poll.Pace{First: 250 * time.Millisecond, Most: 5 * time.Second}, lag: 3 * time.Second, window: 10 * time.Millisecond,
 	settle: time.Minute, device: 30 * time.Second, grace: 8 * time.Second, force: time.Minute,
 	call: 10 * time.Second,
 }
@@ -175,37 +176,6 @@ const (
 	tagAttached = "flocker:attached:" // and <instance>:<token>; its value is the node
 )
 
-// until makes look once and again, later each time, until it says that it is done.
-// what is what is waited for.
-func (b *Backend) until(ctx context.Context, limit time.Duration, what string, look func() (done bool, err error)) error {
-	deadline := time.Now().Add(limit)
-	for wait := b.pace.first; ; wait = min(wait*3/2, b.pace.most) {
-		if done, err := look(); done || err != nil {
-			return err
-		}
-		if time.Now().Add(wait).After(deadline) {
-			return fmt.Errorf("%s: not within %s: %w", what, limit, backends.ErrUnavailable)
-		}
-		if err := sleep(ctx, jitter(wait)); err != nil {
-			return fmt.Errorf("%s: %w", what, err)
-		}
-	}
-}
-
-// jitter is a time from half of wait to all of it.
-func jitter(wait time.Duration) time.Duration { return wait/2 + rand.N(wait/2) }
-
-func sleep(ctx context.Context, wait time.Duration) error {
-	timer := time.NewTimer(wait)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return backends.Classify(backends.ErrUnavailable, context.Cause(ctx))
-	}
-}
-
 // id returns the EC2 id in a reference, which is <region>/<id>: in another region
 // the same id would not be found, which proves nothing.
 func (c *conn) id(ref string) (string, error) {
@@ -222,7 +192,7 @@ func (c *conn) id(ref string) (string, error) {
 // find returns a volume of this cluster. One that EC2 does not show is looked for
 // again, as it may be new.
 func (b *Backend) find(ctx context.Context, c *conn, id string) (*volume, error) {
-	for started, wait := time.Now(), b.pace.first; ; wait *= 2 {
+	for started, wait := time.Now(), b.pace.First; ; wait *= 2 {
 		v, err := b.look(ctx, c, id)
 		if err != nil {
 			return nil, err
@@ -235,7 +205,7 @@ func (b *Backend) find(ctx context.Context, c *conn, id string) (*volume, error)
 		case time.Since(started) > b.pace.lag:
 			return nil, fmt.Errorf("EC2 has no volume %s in %s; it was deleted, or is another account's: %w", id, c.region, backends.ErrNotFound)
 		}
-		if err := sleep(ctx, wait); err != nil {
+		if err := poll.Sleep(ctx, wait); err != nil {
 			return nil, err
 		}
 	}
@@ -289,7 +259,7 @@ func (b *Backend) create(ctx context.Context, req backends.CreateRequest) (*volu
 				}
 				if time.Since(mismatch) > 2*b.pace.lag {
 					attempt, mismatch = attempt+1, time.Time{}
-				} else if err := sleep(ctx, b.pace.first); err != nil {
+				} else if err := poll.Sleep(ctx, b.pace.First); err != nil {
 					return nil, err
 				}
 				continue
@@ -314,7 +284,7 @@ func (b *Backend) create(ctx context.Context, req backends.CreateRequest) (*volu
 // appear waits until a new volume can be used; nil if it was deleted.
 func (b *Backend) appear(ctx context.Context, c *conn, id string) (made *volume, err error) {
 	started, seen := time.Now(), false
-	err = b.until(ctx, b.pace.settle, "volume "+id+" is being created", func() (bool, error) {
+	err = b.pace.Until(ctx, b.pace.settle, "volume "+id+" is being created", func() (bool, error) {
 		v, err := b.look(ctx, c, id)
 		switch {
 		case err != nil:
@@ -381,7 +351,7 @@ func (b *Backend) delete(ctx context.Context, ref string) error {
 		return err
 	}
 	sent := false
-	return b.until(ctx, b.pace.settle, "volume "+id+" is being deleted", func() (bool, error) {
+	return b.pace.Until(ctx, b.pace.settle, "volume "+id+" is being deleted", func() (bool, error) {
 		if sent {
 			v, err := b.look(ctx, c, id)
 			return err == nil && (v == nil || v.gone()), err

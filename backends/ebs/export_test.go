@@ -6,12 +6,13 @@ import (
 	"time"
 
 	"github.com/flocker-plugin/flocker/backends/attach/disk"
+	"github.com/flocker-plugin/flocker/backends/internal/poll"
 )
 
 // Fast makes a backend wait for milliseconds, and look for devices in other folders.
 func (b *Backend) Fast(sysfs, dev string, claimed func(path string) error, lag time.Duration) {
 	b.pace = pace{
-		first: 2 * time.Millisecond, most: 20 * time.Millisecond, lag: lag, window: 500 * time.Microsecond,
+		Pace: poll.Pace{First: 2 * time.Millisecond, Most: 20 * time.Millisecond}, lag: lag, window: 500 * time.Microsecond,
 		settle: 10 * time.Second, device: time.Second, grace: 2 * time.Second, force: 100 * time.Millisecond,
 		call: usual.call,
 	}
@@ -31,7 +32,7 @@ func (b *Backend) Impatient(limit time.Duration) { b.pace.call = limit }
 func (b *Backend) Grace(grace time.Duration) { b.pace.grace = grace }
 
 // FirstLook is how long a backend waits in earnest before it looks again for the first time.
-func FirstLook() time.Duration { return jitter(usual.first) }
+func FirstLook() time.Duration { return poll.Jitter(usual.First) }
 
 // Usual makes a backend wait as long as it does in earnest.
 func (b *Backend) Usual() { b.pace = usual }

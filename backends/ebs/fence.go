@@ -11,6 +11,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/ec2/types"
 
 	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/backends/internal/poll"
 )
 
 // Fence implements backends.Fencer. What it goes by is that EC2 shows the volume
@@ -51,7 +52,7 @@ func (b *Backend) fence(ctx context.Context, req backends.FenceRequest) (string,
 			break
 		}
 		// Its tag may be shown later than the attachment, and be of a younger token.
-		if err := sleep(ctx, b.pace.first); err != nil {
+		if err := poll.Sleep(ctx, b.pace.First); err != nil {
 			return "", err
 		}
 		if v, err = b.find(ctx, c, id); err != nil {
@@ -136,7 +137,7 @@ func (b *Backend) stop(ctx context.Context, c *conn, instance string, force bool
 
 // awaitStop waits until an instance is off, and presses harder if it does not stop.
 func (b *Backend) awaitStop(ctx context.Context, c *conn, instance string) (off types.InstanceStateName, err error) {
-	err = b.until(ctx, 10*time.Minute, "instance "+instance+" is being stopped", func() (bool, error) {
+	err = b.pace.Until(ctx, 10*time.Minute, "instance "+instance+" is being stopped", func() (bool, error) {
 		state, err := b.instanceState(ctx, c, instance)
 		if err != nil {
 			return false, err
@@ -183,7 +184,7 @@ func (s *stuck) Is(target error) bool { return target == backends.ErrUnavailable
 // that EC2 throttles this host says nothing of the instance.
 func (b *Backend) pull(ctx context.Context, c *conn, id, instance string, limit time.Duration) error {
 	var asked time.Time
-	for sent, wait := false, b.pace.first; ; wait = min(wait*3/2, b.pace.most) {
+	for sent, wait := false, b.pace.First; ; wait = min(wait*3/2, b.pace.Most) {
 		late := !asked.IsZero() && time.Since(asked) > limit // before the look, which may be slow
 		v, err := b.look(ctx, c, id)
 		if err != nil {
@@ -216,7 +217,7 @@ func (b *Backend) pull(ctx context.Context, c *conn, id, instance string, limit 
 		if asked.IsZero() {
 			asked = time.Now()
 		}
-		if err := sleep(ctx, wait); err != nil {
+		if err := poll.Sleep(ctx, wait); err != nil {
 			return fmt.Errorf("%w: %w", &stuck{id, instance, on.state}, err)
 		}
 	}

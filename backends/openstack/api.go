@@ -17,6 +17,7 @@ import (
 	"github.com/gophercloud/gophercloud/v2"
 
 	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/backends/internal/poll"
 )
 
 // answer is what a service says when it does not do what it was asked for.
@@ -107,17 +108,17 @@ func (b *cinder) send(ctx context.Context, r request) error {
 	if is(err, http.StatusUnauthorized) {
 		err = b.once(ctx, r)
 	}
-	for wait := b.pace.first; ; wait = min(2*wait, b.pace.most) {
+	for wait := b.pace.First; ; wait = min(2*wait, b.pace.Most) {
 		a, ok := errors.AsType[*answer](err)
-		if !ok || !a.throttled() || r.throttling > 4*b.pace.most {
+		if !ok || !a.throttled() || r.throttling > 4*b.pace.Most {
 			return err
 		}
 		pause := wait/2 + rand.N(wait)
 		if a.retryAfter > 0 {
-			pause = min(a.retryAfter, 2*b.pace.most) + rand.N(wait)
+			pause = min(a.retryAfter, 2*b.pace.Most) + rand.N(wait)
 		}
 		r.throttling += pause
-		if sleep(ctx, pause) != nil {
+		if poll.Sleep(ctx, pause) != nil {
 			return err
 		}
 		err = b.once(ctx, r)
@@ -132,12 +133,12 @@ func (b *cinder) get(ctx context.Context, to service, path string, into any) err
 // insist makes a call again while there is no answer. It is for those that may be
 // carried out more than once, and late.
 func (b *cinder) insist(ctx context.Context, r request) error {
-	for try, wait := 0, b.pace.first; ; try, wait = try+1, min(2*wait, b.pace.most) {
+	for try, wait := 0, b.pace.First; ; try, wait = try+1, min(2*wait, b.pace.Most) {
 		err := b.send(ctx, r)
 		if !unanswered(err) || try == 3 || ctx.Err() != nil {
 			return err
 		}
-		if sleep(ctx, wait/2+rand.N(wait)) != nil {
+		if poll.Sleep(ctx, wait/2+rand.N(wait)) != nil {
 			return err
 		}
 	}

@@ -115,7 +115,7 @@ func (b *Connector) attach(ctx context.Context, req backends.AttachRequest) (bac
 	}
 	defer free()
 	a := connecting{b: b, req: req}
-	if err := b.until(ctx, b.pace.settle, "volume "+req.Ref+" is being attached", func() (bool, error) { return a.step(ctx) }); err != nil {
+	if err := b.pace.Until(ctx, b.pace.settle, "volume "+req.Ref+" is being attached", func() (bool, error) { return a.step(ctx) }); err != nil {
 		if a.changed {
 			b.seen.doubt()
 		}
@@ -468,7 +468,7 @@ func (b *cinder) release(ctx context.Context, volume, id string) error {
 	if err := b.free(ctx, id); err != nil {
 		return err
 	}
-	err := b.until(ctx, b.pace.settle, "attachment "+id+" is being deleted", func() (bool, error) {
+	err := b.pace.Until(ctx, b.pace.settle, "attachment "+id+" is being deleted", func() (bool, error) {
 		atts, err := b.attached(ctx, volume)
 		return err == nil && !slices.ContainsFunc(atts, func(a attachment) bool { return a.ID == id }), err
 	})

@@ -49,7 +49,7 @@ func (b *cinder) create(ctx context.Context, req backends.CreateRequest) (*volum
 	}
 	defer unlock()
 	c := creating{b: b, req: req, kind: kind, size: (req.Size + gib - 1) / gib}
-	err = b.until(ctx, b.pace.settle, "it is being created", func() (bool, error) { return c.step(ctx) })
+	err = b.pace.Until(ctx, b.pace.settle, "it is being created", func() (bool, error) { return c.step(ctx) })
 	return c.made, err
 }
 
@@ -205,7 +205,7 @@ func (b *cinder) Delete(ctx context.Context, ref string) error {
 func (b *cinder) delete(ctx context.Context, ref string) error {
 	sent, tries := false, 0
 	var refused error
-	return b.until(ctx, b.pace.settle, "volume "+ref+" is being deleted", func() (bool, error) {
+	return b.pace.Until(ctx, b.pace.settle, "volume "+ref+" is being deleted", func() (bool, error) {
 		if sent {
 			v, err := b.look(ctx, ref)
 			if err == nil && v != nil {
@@ -291,7 +291,7 @@ func (b *cinder) List(ctx context.Context) ([]backends.Volume, error) {
 // resize grows a volume, if it is smaller, and returns its size.
 func (b *cinder) resize(ctx context.Context, ref string, size int64) (have int64, err error) {
 	sent := false
-	err = b.until(ctx, b.pace.settle, "volume "+ref+" is being grown", func() (bool, error) {
+	err = b.pace.Until(ctx, b.pace.settle, "volume "+ref+" is being grown", func() (bool, error) {
 		v, err := b.find(ctx, ref)
 		if err != nil {
 			return false, err

@@ -7,11 +7,12 @@ import (
 
 	"github.com/flocker-plugin/flocker/backends"
 	"github.com/flocker-plugin/flocker/backends/attach/disk"
+	"github.com/flocker-plugin/flocker/backends/internal/poll"
 )
 
 // quick looks often, and has bounds that a machine which stands still for seconds keeps.
 var quick = pace{
-	first: 2 * time.Millisecond, most: 20 * time.Millisecond, settle: 2 * time.Minute, orphan: 3 * time.Second,
+	Pace: poll.Pace{First: 2 * time.Millisecond, Most: 20 * time.Millisecond}, settle: 2 * time.Minute, orphan: 3 * time.Second,
 	device: time.Minute, grace: time.Minute, stop: 2 * time.Minute,
 }
 
@@ -28,7 +29,7 @@ func Fast(b backends.Backend) {
 }
 
 // FirstLook is how long a backend waits in earnest before it looks again for the first time.
-func FirstLook() time.Duration { return jitter(usual.first) }
+func FirstLook() time.Duration { return poll.Jitter(usual.First) }
 
 // Novas is what of a backend is Nova's.
 func Novas(b backends.Backend) *Nova {
@@ -79,7 +80,7 @@ var Claimed = disk.Claimed
 // Patient makes a backend wait as long as services on a small machine need.
 func Patient(b backends.Backend) {
 	p := usual
-	p.first, p.most, p.orphan, p.grace = 100*time.Millisecond, time.Second, 10*time.Second, 2*time.Minute
+	p.First, p.Most, p.orphan, p.grace = 100*time.Millisecond, time.Second, 10*time.Second, 2*time.Minute
 	p.settle = 10 * time.Minute
 	switch b := b.(type) {
 	case *Nova:

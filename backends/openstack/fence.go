@@ -147,7 +147,7 @@ func (b *Nova) stop(ctx context.Context, id string, why error) error {
 func (b *Nova) awaitOff(ctx context.Context, id string) (off server, err error) {
 	stopping := false
 	asked := time.Now()
-	err = b.until(ctx, b.pace.stop, "server "+id+" is being stopped", func() (bool, error) {
+	err = b.pace.Until(ctx, b.pace.stop, "server "+id+" is being stopped", func() (bool, error) {
 		s, err := b.state(ctx, id)
 		if err != nil {
 			return false, err
@@ -200,7 +200,7 @@ func (b *Nova) outOfReach(ctx context.Context, id, server string, err error) (st
 	if err != nil {
 		return "", err
 	}
-	err = b.until(ctx, b.pace.settle, "Cinder was told that volume "+id+" is detached", func() (bool, error) {
+	err = b.pace.Until(ctx, b.pace.settle, "Cinder was told that volume "+id+" is detached", func() (bool, error) {
 		on, err := b.on(ctx, id, server)
 		return err == nil && !on, err
 	})

@@ -13,6 +13,7 @@ import (
 
 	"github.com/flocker-plugin/flocker/backends"
 	"github.com/flocker-plugin/flocker/backends/attach/disk"
+	"github.com/flocker-plugin/flocker/backends/internal/poll"
 )
 
 // kernel is what this host's kernel knows of Cinder's volumes.
@@ -126,7 +127,7 @@ func glanced(ctx context.Context, claimed func(path string) error, path string) 
 		if !errors.Is(err, backends.ErrInUse) || looks > 25 {
 			return err
 		}
-		if err := sleep(ctx, 20*time.Millisecond); err != nil {
+		if err := poll.Sleep(ctx, 20*time.Millisecond); err != nil {
 			return err
 		}
 	}

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/backends/internal/poll"
 )
 
 // Nova is the backend of a node that is a server of Nova's.
@@ -94,7 +95,7 @@ func (b *Nova) attach(ctx context.Context, req backends.AttachRequest) (backends
 	defer unlock()
 	a := attaching{b: b, server: server, req: req}
 	defer a.end()
-	if err := b.until(ctx, b.pace.settle, "volume "+req.Ref+" is being attached", func() (bool, error) { return a.step(ctx) }); err != nil {
+	if err := b.pace.Until(ctx, b.pace.settle, "volume "+req.Ref+" is being attached", func() (bool, error) { return a.step(ctx) }); err != nil {
 		return none, err
 	}
 	return a.device(ctx)
@@ -262,7 +263,7 @@ func (a *attaching) device(ctx context.Context) (backends.Attachment, error) {
 			return backends.Attachment{}, fmt.Errorf("%s says that volume %s is attached to this server, %s, but within %s the kernel has shown no disk "+
 				"that says it is this one; %s: %w", compute, a.req.Ref, a.server, a.b.pace.device, why, backends.ErrUnavailable)
 		}
-		if err := sleep(ctx, a.b.pace.first/5); err != nil {
+		if err := poll.Sleep(ctx, a.b.pace.First/5); err != nil {
 			return backends.Attachment{}, fmt.Errorf("the device of %s has not appeared yet: %w", a.req.Ref, err)
 		}
 	}
@@ -501,7 +502,7 @@ func (b *Nova) detach(ctx context.Context, att backends.Attachment) error {
 			return err
 		}
 	}
-	err = b.until(ctx, b.pace.device, "the kernel still has the device of "+att.Ref, func() (bool, error) {
+	err = b.pace.Until(ctx, b.pace.device, "the kernel still has the device of "+att.Ref, func() (bool, error) {
 		_, ok, err := b.disk(att.Ref)
 		if err == nil && ok {
 			err = b.unclaimed(ctx, att.Ref)
@@ -530,7 +531,7 @@ func (b *Nova) Resize(ctx context.Context, ref string, bytes int64) (int64, erro
 	if err != nil {
 		return 0, fmt.Errorf("grow volume: %w", err)
 	}
-	err = b.until(ctx, b.pace.device, "the kernel does not show the new size of volume "+ref, func() (bool, error) {
+	err = b.pace.Until(ctx, b.pace.device, "the kernel does not show the new size of volume "+ref, func() (bool, error) {
 		d, ok, err := b.disk(ref)
 		if err != nil || !ok {
 			return err == nil, err
@@ -572,7 +573,7 @@ func (b *Nova) pull(ctx context.Context, id, server string, limit time.Duration)
 	path := "servers/" + server + "/os-volume_attachments/" + id
 	var asked time.Time
 	sent, detaching := false, false
-	for wait := b.pace.first; ; wait = min(wait*3/2, b.pace.most) {
+	for wait := b.pace.First; ; wait = min(wait*3/2, b.pace.Most) {
 		late := !asked.IsZero() && time.Since(asked) > limit // before the looks, which may be slow
 		v, err := b.look(ctx, id)
 		if err != nil {
@@ -627,7 +628,7 @@ func (b *Nova) pull(ctx context.Context, id, server string, limit time.Duration)
 		if asked.IsZero() {
 			asked = time.Now()
 		}
-		if err := sleep(ctx, jitter(wait)); err != nil {
+		if err := poll.Sleep(ctx, poll.Jitter(wait)); err != nil {
 			return fmt.Errorf("%w: %w", &stuck{id, server, v.status}, err)
 		}
 	}

@@ -13,7 +13,6 @@ import (
 	"context"
 	"fmt"
 	"maps"
-	"math/rand/v2"
 	"net/url"
 	"path/filepath"
 	"regexp"
@@ -26,6 +25,7 @@ import (
 
 	"github.com/flocker-plugin/flocker/backends"
 	"github.com/flocker-plugin/flocker/backends/attach/disk"
+	"github.com/flocker-plugin/flocker/backends/internal/poll"
 )
 
 // Config is what an operator sets. Secrets are in files, or in clouds.yaml.
@@ -141,16 +141,17 @@ type cinder struct {
 
 // pace is how long to wait; a test is faster.
 type pace struct {
-	first, most time.Duration // between two looks
-	settle      time.Duration // for a volume to get into a state
-	orphan      time.Duration // after which what nobody completes was left behind
-	device      time.Duration // for a device to appear, or to go
-	grace       time.Duration // for a running server to let go of a volume
-	stop        time.Duration // for a server to stop
+	poll.Pace // of looks
+
+	settle time.Duration // for a volume to get into a state
+	orphan time.Duration // after which what nobody completes was left behind
+	device time.Duration // for a device to appear, or to go
+	grace  time.Duration // for a running server to let go of a volume
+	stop   time.Duration // for a server to stop
 }
 
 var usual = pace{
-	first: 250 * time.Millisecond, most: 5 * time.Second, settle: 2 * time.Minute, orphan: time.Minute,
+	Pace: poll.Pace{First: 250 * time.Millisecond, Most: 5 * time.Second}, settle: 2 * time.Minute, orphan: time.Minute,
 	device: 30 * time.Second, grace: 12 * time.Second, stop: 10 * time.Minute,
 }
 
@@ -300,37 +301,6 @@ func (c Config) kind(profile string, values map[string]string) (Profile, error) 
 		return p, err
 	}
 	return Profile{cmp.Or(o.Type, p.VolumeType, c.VolumeType), cmp.Or(p.Zone, c.Zone)}, nil
-}
-
-// until makes look once and again, later each time, until it says that it is done.
-// what is what is waited for.
-func (b *cinder) until(ctx context.Context, limit time.Duration, what string, look func() (done bool, err error)) error {
-	deadline := time.Now().Add(limit)
-	for wait := b.pace.first; ; wait = min(wait*3/2, b.pace.most) {
-		if done, err := look(); done || err != nil {
-			return err
-		}
-		if time.Now().Add(wait).After(deadline) {
-			return fmt.Errorf("%s: not within %s: %w", what, limit, backends.ErrUnavailable)
-		}
-		if err := sleep(ctx, jitter(wait)); err != nil {
-			return fmt.Errorf("%s: %w", what, err)
-		}
-	}
-}
-
-// jitter is a time from half of wait to all of it.
-func jitter(wait time.Duration) time.Duration { return wait/2 + rand.N(wait/2) }
-
-func sleep(ctx context.Context, wait time.Duration) error {
-	timer := time.NewTimer(wait)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return backends.Classify(backends.ErrUnavailable, context.Cause(ctx))
-	}
 }
 
 // keyed is a lock for each key.

@@ -13,6 +13,7 @@ import (
 
 	"github.com/flocker-plugin/flocker/backends"
 	"github.com/flocker-plugin/flocker/backends/attach/rbdmap"
+	"github.com/flocker-plugin/flocker/backends/internal/poll"
 )
 
 // attached is a device of this node, by its label: <id>,<token>,<reference>. One without a
@@ -163,7 +164,7 @@ func (b *Backend) attach(ctx context.Context, req backends.AttachRequest) (backe
 		case !errors.Is(err, errHalfGone) || time.Since(started) > watchTimeout:
 			return b.attachment(a), err
 		}
-		if err := sleep(ctx, 250*time.Millisecond); err != nil {
+		if err := poll.Sleep(ctx, 250*time.Millisecond); err != nil {
 			return none, err
 		}
 	}
@@ -228,7 +229,7 @@ func (b *Backend) unclaimed(ctx context.Context, v *volume, h holder, held bool)
 			if time.Since(started) > watchTimeout {
 				return fmt.Errorf("%s is being deleted by %s: %w", v.image.Spec(), h.node, backends.ErrInUse)
 			}
-			if err := sleep(ctx, 250*time.Millisecond); err != nil {
+			if err := poll.Sleep(ctx, 250*time.Millisecond); err != nil {
 				return err
 			}
 		case h.node != b.self.Node:

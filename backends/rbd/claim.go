@@ -16,6 +16,7 @@ import (
 
 	"github.com/flocker-plugin/flocker/backends"
 	"github.com/flocker-plugin/flocker/backends/attach/rbdmap"
+	"github.com/flocker-plugin/flocker/backends/internal/poll"
 )
 
 // claim says who has a volume. It is the cookie of the lock, which RADOS compares when
@@ -189,7 +190,7 @@ func (b *Backend) claimDelete(ctx context.Context, v *volume) (id string, err er
 			return "", fmt.Errorf("client %s, which has it under ownership token %d, is no watcher of %s any more; if it is none in %s either, "+
 				"the next try after that cuts it off and goes on: %w", h.address, h.token, v.image.Spec(), max(wait.Round(time.Second), time.Second), attached)
 		default:
-			if err := sleep(ctx, time.Second); err != nil {
+			if err := poll.Sleep(ctx, time.Second); err != nil {
 				return "", errors.Join(attached, err)
 			}
 		}

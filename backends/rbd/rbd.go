@@ -33,6 +33,7 @@ import (
 
 	"github.com/flocker-plugin/flocker/backends"
 	"github.com/flocker-plugin/flocker/backends/attach/rbdmap"
+	"github.com/flocker-plugin/flocker/backends/internal/poll"
 )
 
 // Config is what an operator sets.
@@ -422,7 +423,7 @@ func (b *Backend) create(ctx context.Context, req backends.CreateRequest) (*volu
 			}
 			continue
 		case errors.Is(err, backends.ErrNotFound):
-			if err := sleep(ctx, pause); err != nil {
+			if err := poll.Sleep(ctx, pause); err != nil {
 				return nil, err
 			}
 			continue
@@ -490,7 +491,7 @@ func (b *Backend) delete(ctx context.Context, ref string) error {
 			}
 			return errors.Join(err, b.release(context.WithoutCancel(ctx), v.image, mine))
 		}
-		if err := sleep(ctx, 500*time.Millisecond); err != nil {
+		if err := poll.Sleep(ctx, 500*time.Millisecond); err != nil {
 			return errors.Join(err, b.release(context.WithoutCancel(ctx), v.image, mine))
 		}
 	}
@@ -615,15 +616,4 @@ func (b *Backend) resize(ctx context.Context, ref string, size int64) (int64, er
 		return size, err
 	}
 	return size, b.attacher.Grow(ctx, d.device.Label, size)
-}
-
-func sleep(ctx context.Context, wait time.Duration) error {
-	timer := time.NewTimer(wait)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return backends.Classify(backends.ErrUnavailable, ctx.Err())
-	}
 }

@@ -24,6 +24,7 @@ import (
 	"github.com/flocker-plugin/flocker/backends"
 	"github.com/flocker-plugin/flocker/backends/attach/disk"
 	"github.com/flocker-plugin/flocker/backends/attach/loop"
+	"github.com/flocker-plugin/flocker/backends/internal/poll"
 )
 
 // Kernel makes devices with the kernel's initiator. Its sessions are made, and got back after
@@ -419,7 +420,7 @@ func (k *Kernel) present(ctx context.Context, lun LUN) (shown, error) {
 		if time.Since(started) > k.patience() {
 			return shown{}, fmt.Errorf("/dev/%s: %w", u.name, broken(u.session))
 		}
-		if err := sleep(ctx, 100*time.Millisecond); err != nil {
+		if err := poll.Sleep(ctx, 100*time.Millisecond); err != nil {
 			return shown{}, err
 		}
 	}
@@ -580,7 +581,7 @@ func (k *Kernel) back(ctx context.Context, target string) ([]session, error) {
 		if time.Since(started) > k.patience() {
 			return nil, broken(sessions[i])
 		}
-		if err := sleep(ctx, 100*time.Millisecond); err != nil {
+		if err := poll.Sleep(ctx, 100*time.Millisecond); err != nil {
 			return nil, err
 		}
 	}
@@ -628,7 +629,7 @@ func (k *Kernel) made(ctx context.Context, lun LUN, to string) (session, error) 
 		if time.Since(started) > k.limits.show {
 			return session{}, fmt.Errorf("iscsid says that it has logged in, and the kernel shows no session of interface %s: %w", k.cfg.Interface, backends.ErrUnavailable)
 		}
-		if err := sleep(ctx, 50*time.Millisecond); err != nil {
+		if err := poll.Sleep(ctx, 50*time.Millisecond); err != nil {
 			return session{}, err
 		}
 	}
@@ -669,7 +670,7 @@ func (k *Kernel) scan(ctx context.Context, s session, lun LUN) (shown, error) {
 			return shown{}, fmt.Errorf("this host is logged in to %s, and within %s there was no disk with this number. Has the storage mapped it to this host, "+
 				"whose name is in %s? See `iscsiadm -m session -P 3`: %w", s.portal, k.limits.show, NameFile, backends.ErrNotFound)
 		}
-		if err := sleep(ctx, pause); err != nil {
+		if err := poll.Sleep(ctx, pause); err != nil {
 			return shown{}, err
 		}
 	}
@@ -736,7 +737,7 @@ func (k *Kernel) remove(ctx context.Context, u shown) (clean bool, err error) {
 		if time.Since(started) > k.patience() {
 			return false, fmt.Errorf("the kernel does not let go of %s: %w", path, backends.ErrUnavailable)
 		}
-		if err := sleep(ctx, 10*time.Millisecond); err != nil {
+		if err := poll.Sleep(ctx, 10*time.Millisecond); err != nil {
 			return false, err
 		}
 	}
@@ -798,7 +799,7 @@ func (k *Kernel) unused(ctx context.Context, path string) (held *os.File, err er
 		case time.Since(started) > k.limits.settle:
 			return held, fmt.Errorf("%s is open or mounted, by %s: %w", path, user, backends.ErrInUse)
 		}
-		if err := sleep(ctx, pause); err != nil {
+		if err := poll.Sleep(ctx, pause); err != nil {
 			return held, err
 		}
 	}
@@ -907,7 +908,7 @@ func (k *Kernel) lock(ctx context.Context, name string, how int) (unlock func(),
 			return func() { _ = f.Close() }, nil
 		}
 		if err == syscall.EWOULDBLOCK { //nolint:errorlint // it is no error to be wrapped
-			err = sleep(ctx, pause)
+			err = poll.Sleep(ctx, pause)
 			if err == nil {
 				continue
 			}
@@ -915,17 +916,6 @@ func (k *Kernel) lock(ctx context.Context, name string, how int) (unlock func(),
 		}
 		_ = f.Close()
 		return nil, unavailable(err)
-	}
-}
-
-func sleep(ctx context.Context, wait time.Duration) error {
-	timer := time.NewTimer(wait)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return unavailable(cmp.Or(context.Cause(ctx), ctx.Err()))
 	}
 }
 

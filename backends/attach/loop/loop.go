@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/backends/internal/poll"
 )
 
 // Device is a loop device that has a file.
@@ -235,7 +236,7 @@ func (d Device) Detach(ctx context.Context, hang time.Duration, stuck func()) er
 		case look >= looks:
 			return fmt.Errorf("%s is open or mounted: %w", d.Path, backends.ErrInUse)
 		}
-		if err := sleep(ctx, pause); err != nil {
+		if err := poll.Sleep(ctx, pause); err != nil {
 			return err
 		}
 	}
@@ -296,7 +297,7 @@ func (d Device) gone(ctx context.Context) error {
 		if time.Since(started) > 5*time.Second {
 			return errors.Join(fmt.Errorf("the kernel does not let go of %s: %w", d.Path, backends.ErrInUse), err)
 		}
-		if err := sleep(ctx, 2*time.Millisecond); err != nil {
+		if err := poll.Sleep(ctx, 2*time.Millisecond); err != nil {
 			return err
 		}
 	}
@@ -353,17 +354,6 @@ func Bounded(ctx context.Context, limit time.Duration, what string, call func() 
 		return err
 	case <-ctx.Done():
 		return unavailable(fmt.Errorf("%s does not answer: %w", what, ctx.Err()))
-	}
-}
-
-func sleep(ctx context.Context, wait time.Duration) error {
-	timer := time.NewTimer(wait)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return unavailable(ctx.Err())
 	}
 }
 
