@@ -262,14 +262,22 @@ func (d *Driver) RemoveVolume(ctx context.Context, name, id string) error {
 	}
 }
 
+// meant is an ErrNotFound if a volume, found by its name, is not the one of an id. "" is any.
+func meant(vol ownership.Volume, id string) error {
+	if id == "" || vol.ID == id {
+		return nil
+	}
+	return fmt.Errorf("%w: the one named %s has the id %s, not %s", ownership.ErrNotFound, vol.Name, vol.ID, id)
+}
+
 func (d *Driver) removeOnce(ctx context.Context, name, id string) error {
 	known, _ := d.recall(name)
 	view, err := d.cfg.Map.LookupKnown(ctx, name, known.ID)
 	if err != nil {
 		return d.explain(name, err)
 	}
-	if id != "" && view.Volume.ID != id {
-		return fmt.Errorf("%w: the one named %s has the id %s, not %s", ownership.ErrNotFound, name, view.Volume.ID, id)
+	if err := meant(view.Volume, id); err != nil {
+		return err
 	}
 	ds, done := d.hold(view.Volume.ID)
 	defer done()

@@ -50,9 +50,18 @@ type presence struct {
 // Move says on which host a volume is to be, given by its name or its node's id; "" is
 // nowhere. It is recorded, and comes about by itself: the answer does not wait for it.
 func (d *Driver) Move(ctx context.Context, name, host, by string) (ownership.Placement, error) {
+	return d.MoveVolume(ctx, name, "", host, by)
+}
+
+// MoveVolume is Move for who means the volume of one id: if the volume of that name is
+// another one by now, the error is an ErrNotFound. "" is any.
+func (d *Driver) MoveVolume(ctx context.Context, name, id, host, by string) (ownership.Placement, error) {
 	view, err := d.cfg.Map.Lookup(ctx, name)
 	if err != nil {
 		return ownership.Placement{}, d.explain(name, err)
+	}
+	if err := meant(view.Volume, id); err != nil {
+		return ownership.Placement{}, err
 	}
 	var p ownership.Placement
 	if host == "" {

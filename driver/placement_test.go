@@ -118,6 +118,39 @@ func TestPlacement(t *testing.T) {
 	}
 }
 
+// Who means one volume does not place another that has its name by now.
+func TestMoveVolume(t *testing.T) {
+	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
+		a := c.nodes["a"]
+		a.create("db", nil)
+		first, err := a.Get(t.Context(), "db")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := a.Remove(t.Context(), "db"); err != nil {
+			t.Fatal(err)
+		}
+		a.create("db", nil)
+		second, err := a.Get(t.Context(), "db")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, host := range []string{"b", ""} {
+			_, err = a.MoveVolume(t.Context(), "db", first.Definition.ID, host, "eve@ops")
+			if !errors.Is(err, ownership.ErrNotFound) {
+				t.Errorf("to %q: %v, want ErrNotFound", host, err)
+			}
+			wantError(t, err, "no such volume: the one named db has the id "+second.Definition.ID+", not "+first.Definition.ID)
+		}
+		if p := c.view("db").Placement; p != nil {
+			t.Errorf("it is placed: %+v", p)
+		}
+		if p, err := a.MoveVolume(t.Context(), "db", second.Definition.ID, "b", "eve@ops"); err != nil || p.Host != "b" {
+			t.Errorf("that one: %+v, %v", p, err)
+		}
+	})
+}
+
 func TestMoveRefused(t *testing.T) {
 	inCluster(t, twoNodes, nil, func(t *testing.T, c *cluster) {
 		a, b := c.nodes["a"], c.nodes["b"]

@@ -16,9 +16,9 @@ type Driver interface {
 	// RemoveVolume is refused, with an ownership.ErrNotFound, if the volume of that name
 	// has another id by now.
 	RemoveVolume(ctx context.Context, name, id string) error
-	// Move records on which host a volume is to be, given by name or node id; "" for
-	// none.
-	Move(ctx context.Context, name, host, by string) (ownership.Placement, error)
+	// MoveVolume records on which host a volume is to be, given by name or node id; "" for
+	// none. It is refused as RemoveVolume is.
+	MoveVolume(ctx context.Context, name, id, host, by string) (ownership.Placement, error)
 	// Cordon keeps new volumes off a host, or stops doing so; Drain releases what it has
 	// idle, too.
 	Cordon(ctx context.Context, host, by string, on bool) error

@@ -212,7 +212,7 @@ func (c *cluster) RemoveVolume(ctx context.Context, name, id string) error {
 	return err
 }
 
-func (c *cluster) Move(_ context.Context, name, host, by string) (p ownership.Placement, err error) {
+func (c *cluster) MoveVolume(_ context.Context, name, id, host, by string) (p ownership.Placement, err error) {
 	if c.placing != nil {
 		return p, c.placing
 	}
@@ -220,7 +220,11 @@ func (c *cluster) Move(_ context.Context, name, host, by string) (p ownership.Pl
 		return p, err
 	}
 	revision := c.view(name, func(v *ownership.View) {
-		if host == "" {
+		switch {
+		case v.Volume.ID != id:
+			err = fmt.Errorf("%w: %s", ownership.ErrNotFound, name)
+			return
+		case host == "":
 			v.Placement = nil
 			return
 		}
@@ -239,7 +243,7 @@ func (c *cluster) Move(_ context.Context, name, host, by string) (p ownership.Pl
 		c.mount(name)
 	}
 	p.Revision = revision
-	return p, nil
+	return p, err
 }
 
 func (c *cluster) Lease(_ context.Context, vid, node string, ttl *time.Duration, by string) (l ownership.Lease, created bool, err error) {

@@ -359,7 +359,7 @@ func (a *API) create(ctx context.Context, c driver.CreateRequest, host string) (
 	v = &ownership.View{Volume: made.Definition}
 	revision := v.Volume.Revision
 	if host != "" {
-		p, err := a.Driver.Move(ctx, v.Volume.Name, host, c.By)
+		p, err := a.Driver.MoveVolume(ctx, v.Volume.Name, v.Volume.ID, host, c.By)
 		if err != nil {
 			a.Log.WithFields(logrus.Fields{"volume": v.Volume.Name, "host": host, "by": c.By, "err": err}).Warn("a volume was made, and is to be on no host yet")
 			unplaced = err

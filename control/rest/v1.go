@@ -341,7 +341,7 @@ func (a *API) v1Update(r *http.Request) (answer, error) {
 	if err := mayGet(s, primary); err != nil {
 		return answer{}, v1Node(err)
 	}
-	placement, err := a.Driver.Move(r.Context(), v.Volume.Name, primary, by(r.Context()))
+	placement, err := a.Driver.MoveVolume(r.Context(), v.Volume.Name, v.Volume.ID, primary, by(r.Context()))
 	switch {
 	case errors.Is(err, ownership.ErrNotFound):
 		return answer{}, &refusal{status: http.StatusNotFound, text: notFound}

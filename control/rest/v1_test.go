@@ -266,7 +266,7 @@ func TestUpdatePrimaryDataset(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			s := serve(t)
 			s.add("db", id1)
-			if _, err := s.Move(t.Context(), "db", alpha, ""); err != nil {
+			if _, err := s.MoveVolume(t.Context(), "db", id1, alpha, ""); err != nil {
 				t.Fatal(err)
 			}
 			s.calls = nil
@@ -297,7 +297,7 @@ func TestDeleteDataset(t *testing.T) {
 		t.Helper()
 		s := serve(t)
 		s.add("db", id1)
-		if _, err := s.Move(t.Context(), "db", alpha, ""); err != nil {
+		if _, err := s.MoveVolume(t.Context(), "db", id1, alpha, ""); err != nil {
 			t.Fatal(err)
 		}
 		s.calls = nil

@@ -392,7 +392,7 @@ func (a *API) v2Move(r *http.Request) (answer, error) {
 			return answer{}, err
 		}
 	}
-	placed, err := a.Driver.Move(r.Context(), v.Volume.Name, *body.Host, by(r.Context()))
+	placed, err := a.Driver.MoveVolume(r.Context(), v.Volume.Name, v.Volume.ID, *body.Host, by(r.Context()))
 	switch {
 	case errors.Is(err, ownership.ErrNotFound):
 		return answer{}, noVolume(v.Volume.Name)

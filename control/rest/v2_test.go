@@ -209,8 +209,8 @@ func TestV2Wait(t *testing.T) {
 		change func()
 		status int
 	}{
-		{"state=mounted&host=beta", func() { _, _ = s.Move(t.Context(), "db", "beta", "") }, 200},
-		{"state=owned&host=" + beta, func() { _, _ = s.Move(t.Context(), "db", "beta", "") }, 200},
+		{"state=mounted&host=beta", func() { _, _ = s.MoveVolume(t.Context(), "db", id1, "beta", "") }, 200},
+		{"state=owned&host=" + beta, func() { _, _ = s.MoveVolume(t.Context(), "db", id1, "beta", "") }, 200},
 		{"state=gone", func() { _ = s.RemoveVolume(t.Context(), "db", id1) }, 204},
 		{"state=mounted", func() { _ = s.RemoveVolume(t.Context(), "db", id1) }, 404},
 		{"state=gone", func() {
