@@ -201,6 +201,10 @@ type FenceRequest struct {
 // long as nobody else has it. Then the Attach of the node that takes over says so
 // with *AttachedError, and that node calls Fence again. A younger token is as good
 // as ever, in both.
+//
+// Class F2, where the backend itself has to note who has a volume, may leave that note if the
+// end of an attachment was not heard: the node has nothing any more, and nobody can prove it.
+// Then the next node's Attach names it with *AttachedError, and that node calls Fence.
 type Fencer interface {
 	// Fence returns when it was seen that the node cannot read or write the volume
 	// any more under the token or an older one, and that neither I/O it sent before

@@ -102,7 +102,10 @@ type backend struct {
 }
 
 // notes are what the backends of all nodes know.
-type notes struct{ fenced sync.Map } // by note
+type notes struct {
+	fenced sync.Map // by note
+	mu     sync.Mutex
+}
 
 type note struct{ volume, node string }
 
@@ -248,6 +251,8 @@ type defect struct {
 var (
 	f0 = backends.Properties{Class: backends.ClassNone, ExclusiveAttach: true}
 	f2 = backends.Properties{Class: backends.ClassFenced}
+	// noting is what a noter is.
+	noting = backends.Properties{Class: backends.ClassFenced, ExclusiveAttach: true}
 )
 
 func defects() []defect {
@@ -725,6 +730,74 @@ func defects() []defect {
 	}...)
 }
 
+// noter makes a backend that notes who has a volume, for storage that any number of nodes can
+// have a volume of. A note goes with a Detach that was heard, and else with a Fence. The zero
+// value is sound.
+type noter struct {
+	keeps  bool                                                          // a Detach leaves each note
+	lazy   bool                                                          // the first Fence leaves a note of what is not attached any more
+	blames func(who *backends.AttachedError, req backends.AttachRequest) // changes whom an Attach names
+}
+
+func (n noter) wrap(b *backend) {
+	of := func(volume string) (who note, att backends.Attachment) {
+		who = note{volume, "who has it"}
+		if noted, ok := b.fenced.Load(who); ok {
+			att = noted.(backends.Attachment)
+		}
+		return who, att
+	}
+	b.attach = func(b *backend, ctx context.Context, req backends.AttachRequest) (backends.Attachment, error) {
+		b.notes.mu.Lock()
+		defer b.notes.mu.Unlock()
+		who, had := of(req.Volume)
+		if had.Node != "" && had.Node != b.node {
+			if _, err := b.Backend.Get(ctx, req.Ref); err != nil {
+				return backends.Attachment{}, err
+			}
+			other := &backends.AttachedError{Volume: had.Volume, Node: had.Node, Token: had.Token}
+			if n.blames != nil {
+				n.blames(other, req)
+			}
+			return backends.Attachment{}, other
+		}
+		att, err := b.Backend.Attach(ctx, req)
+		if err == nil {
+			b.fenced.Store(who, att)
+		}
+		return att, err
+	}
+	b.detach = func(b *backend, ctx context.Context, att backends.Attachment) error {
+		b.notes.mu.Lock()
+		defer b.notes.mu.Unlock()
+		has := func() bool { return slices.Contains(b.m.Attached(att.Volume), att) }
+		had := has()
+		err := b.Backend.Detach(ctx, att)
+		who, _ := of(att.Volume)
+		switch {
+		case err == nil && had && !n.keeps:
+			b.fenced.CompareAndDelete(who, att)
+		case errors.Is(err, backends.ErrUnavailable) && had && !has():
+			return nil // it is gone from the node, and nobody has heard it
+		}
+		return err
+	}
+	b.fence = func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error) {
+		b.notes.mu.Lock()
+		defer b.notes.mu.Unlock()
+		who, att := of(req.Volume)
+		has := slices.Contains(b.m.Attached(req.Volume), att)
+		evidence, err := b.sound(ctx, req)
+		if err != nil || att.Node != req.Node || att.Token > req.Token {
+			return evidence, err
+		}
+		if _, again := b.fenced.Swap(note{req.Volume, "fenced"}, true); has || again || !n.lazy {
+			b.fenced.Delete(who)
+		}
+		return evidence, err
+	}
+}
+
 type fenceFunc = func(b *backend, ctx context.Context, req backends.FenceRequest) (string, error)
 
 // fencingDefects are the mistakes somebody could make in a Fencer. Most are worth a
@@ -806,6 +879,18 @@ func silences() []defect {
 				return evidence, err
 			}
 		}},
+		{name: "class F1 names who has let go", notice: ": attach: got volume", requests: true, break_: noter{}.wrap},
+		{name: "a note stays though its end was heard", notice: ": attach: got volume", requests: true, props: noting, break_: noter{keeps: true}.wrap},
+		{name: "a fence leaves the note of what is not attached any more", notice: ": attach: got volume", requests: true, props: noting, break_: noter{lazy: true}.wrap},
+		{name: "a note names the token of who asks", notice: ": attach: got volume", requests: true, props: noting, break_: noter{
+			blames: func(who *backends.AttachedError, req backends.AttachRequest) { who.Token = req.Token },
+		}.wrap},
+		{name: "a note names nobody of the cluster", notice: ": attach: got volume", requests: true, props: noting, break_: noter{
+			blames: func(who *backends.AttachedError, _ backends.AttachRequest) { who.Node = "nobody" },
+		}.wrap},
+		{name: "a note names another volume", notice: ": attach: got volume", requests: true, props: noting, break_: noter{
+			blames: func(who *backends.AttachedError, _ backends.AttachRequest) { who.Volume = uuid.NewString() },
+		}.wrap},
 		{name: "a call fails for ever after no answer", notice: "create fails for ever", requests: true, break_: func(b *backend) {
 			b.create = func(b *backend, ctx context.Context, req backends.CreateRequest) (backends.Volume, error) {
 				if _, ok := b.fenced.Load(note{req.ID, "broken"}); ok {
@@ -1179,9 +1264,18 @@ func TestSuiteRejects(t *testing.T) {
 
 // TestSuiteAccepts makes sure that it is the defects that are rejected.
 func TestSuiteAccepts(t *testing.T) {
-	for _, props := range []backends.Properties{{}, nameless, f0, {Class: backends.ClassNone}, f2} {
-		if said := complaints(t, defect{props: props, many: 20, requests: true, break_: func(*backend) {}}); len(said) > 0 {
-			t.Errorf("class %s: %q", props.Class, said)
+	sound := func(*backend) {}
+	for name, d := range map[string]defect{
+		"F1":           {break_: sound},
+		"F1 nameless":  {props: nameless, break_: sound},
+		"F0":           {props: backends.Properties{Class: backends.ClassNone}, break_: sound},
+		"F0 exclusive": {props: f0, break_: sound},
+		"F2":           {props: f2, break_: sound},
+		"F2 noting":    {props: noting, break_: noter{}.wrap},
+	} {
+		d.many, d.requests = 20, true
+		if said := complaints(t, d); len(said) > 0 {
+			t.Errorf("%s: %q", name, said)
 		}
 	}
 }

@@ -164,6 +164,17 @@ func (b *Backend) claimDelete(ctx context.Context, v *volume) (id string, err er
 		if h.deletes {
 			return h.id, nil // by another call, or one that did not get to its end
 		}
+		// Under a token that was cut off: it came late, or that Fence has come no further.
+		most, err := b.cutUpTo(ctx, v.image, h.node)
+		if err != nil {
+			return "", err
+		}
+		if h.token <= most {
+			if _, err := b.cut(ctx, v.image, h); err != nil {
+				return "", err
+			}
+			continue
+		}
 		watchers, err := v.image.Watchers(ctx)
 		if err != nil {
 			return "", err

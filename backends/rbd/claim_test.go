@@ -20,7 +20,7 @@ const fakeCluster = "0fb1a3c2-7d0e-4c55-9a53-7e4ab7a0e9d1"
 // attached returns a cluster whose host a has a volume under token 10.
 func attached(t *testing.T) (*fakeCeph, backends.Volume, backends.Attachment) {
 	t.Helper()
-	c := newFake()
+	c := newFake(t)
 	vol, err := c.node(fakeCluster, "a").Create(t.Context(), backends.CreateRequest{ID: uuid.NewString(), Name: "db", Cluster: fakeCluster, Size: 1 << 20})
 	if err != nil {
 		t.Fatal(err)
@@ -185,53 +185,189 @@ func TestOtherCephCluster(t *testing.T) {
 	}
 }
 
-// TestKilledInAttach: the process is killed in the middle of an Attach. What it leaves is
-// seen, is no device, and is in nobody's way.
-func TestKilledInAttach(t *testing.T) {
+// TestKilledAtEveryCall: the process of host a is killed before or after each call of an Attach
+// or a Detach. What it leaves is seen, is no device, and is in nobody's way.
+func TestKilledAtEveryCall(t *testing.T) {
 	t.Parallel()
-	for name, dies := range map[string]death{"before the claim": beforeClaim, "after the claim": afterClaim} {
-		for does, undo := range map[string]func(t *testing.T, c *fakeCeph, vol backends.Volume) error{
-			"deleted here": func(t *testing.T, c *fakeCeph, vol backends.Volume) error {
-				return c.node(fakeCluster, "a").Delete(t.Context(), vol.Ref)
-			},
-			"detached, deleted elsewhere": func(t *testing.T, c *fakeCeph, vol backends.Volume) error {
-				a := c.node(fakeCluster, "a")
-				atts, err := a.Attachments(t.Context())
-				if err != nil || len(atts) != 1 || atts[0].Device != "" || atts[0].Token != 11 || atts[0].Volume != vol.ID {
-					t.Errorf("got %+v, %v; want one without a device", atts, err)
-				}
-				for _, att := range atts {
-					err = errors.Join(err, a.Detach(t.Context(), att))
-				}
-				return errors.Join(err, c.node(fakeCluster, "b").Delete(t.Context(), vol.Ref))
-			},
-			"attached again": func(t *testing.T, c *fakeCeph, vol backends.Volume) error {
-				a := c.node(fakeCluster, "a")
-				att, err := a.Attach(t.Context(), backends.AttachRequest{Ref: vol.Ref, Volume: vol.ID, Token: 11})
-				if err != nil || att.Device == "" || c.object(vol).locker == "" {
-					t.Errorf("got %+v, %v; the lock is %+v", att, err, c.object(vol))
-				}
-				return errors.Join(err, a.Detach(t.Context(), att), a.Delete(t.Context(), vol.Ref))
-			},
-		} {
-			t.Run(name+", "+does, func(t *testing.T) {
-				c, vol, att := attached(t)
-				if err := c.node(fakeCluster, "a").Detach(t.Context(), att); err != nil {
-					t.Fatal(err)
-				}
-				c.dies = dies
-				if _, err := c.attach(t, "a", vol, 11); !errors.Is(err, errKilled) {
-					t.Fatalf("got %v, want that it is killed", err)
-				}
-				c.dies = never
-				if err := undo(t, c, vol); err != nil {
-					t.Error(err)
-				}
-				if len(c.images) > 0 || len(c.objects) > 0 || len(c.hosts[fakeCluster+"a"].devices) > 0 {
-					t.Errorf("left behind: %v, %v, %v", c.images, c.objects, c.hosts[fakeCluster+"a"].devices)
-				}
-			})
+	for when, f := range map[string]fault{"before": killed, "after": killedAfter} {
+		for what, token := range map[string]int64{"attach": 11, "detach": 10} {
+			for does, undo := range map[string]func(h *left){
+				"deleted here": func(h *left) {
+					h.detach(func(att backends.Attachment) bool { return att.Device != "" })
+					h.remove("a")
+				},
+				"detached": func(h *left) {
+					h.detach(func(backends.Attachment) bool { return true })
+					h.takeOver(true)
+					h.remove("b")
+				},
+				"cut off": func(h *left) {
+					h.fence()
+					h.takeOver(false)
+					h.detach(func(backends.Attachment) bool { return true })
+					h.remove("b")
+				},
+				"attached again": func(h *left) {
+					att, err := h.c.attach(h.T, "a", h.vol, token)
+					if o := h.c.object(h.vol); err != nil || att.Device == "" || !strings.HasPrefix(o.cookie, "attach "+att.ID+" ") {
+						h.Errorf("got %+v, %v; the lock is %+v", att, err, o)
+					}
+					h.detach(func(backends.Attachment) bool { return true })
+					h.remove("a")
+				},
+			} {
+				t.Run(what+", killed "+when+" a call, "+does, func(t *testing.T) {
+					t.Parallel()
+					n := 0
+					for ; !t.Failed(); n++ {
+						c, vol, att := attached(t)
+						a := c.node(fakeCluster, "a")
+						if what == "attach" {
+							if err := a.Detach(t.Context(), att); err != nil {
+								t.Fatal(err)
+							}
+						}
+						struck := c.nth(f)(n)
+						if what == "attach" {
+							_, _ = a.Attach(t.Context(), backends.AttachRequest{Ref: vol.Ref, Volume: vol.ID, Token: token}) // who is killed says nothing
+						} else {
+							_ = a.Detach(t.Context(), att)
+						}
+						if !struck() {
+							break
+						}
+						undo(&left{t, c, vol, token})
+						if devices := c.hosts[fakeCluster+"a"].devices; len(c.images)+len(c.objects)+len(devices) > 0 {
+							t.Errorf("call %d: left behind: %v, %v, %v", n, c.images, c.objects, devices)
+						}
+					}
+					if n < 3 {
+						t.Errorf("there were %d calls", n)
+					}
+				})
+			}
 		}
+	}
+}
+
+// left is what a process has left on host a that was killed.
+type left struct {
+	*testing.T
+	c     *fakeCeph
+	vol   backends.Volume
+	token int64
+}
+
+// detach detaches what a has.
+func (l *left) detach(which func(backends.Attachment) bool) {
+	l.Helper()
+	a := l.c.node(fakeCluster, "a")
+	atts, err := a.Attachments(l.Context())
+	if err != nil {
+		l.Error(err)
+	}
+	for _, att := range atts {
+		if att.Token != l.token || att.Volume != l.vol.ID {
+			l.Errorf("a has %+v, want one of token %d", att, l.token)
+		}
+		if !which(att) {
+			continue
+		}
+		if err := a.Detach(l.Context(), att); err != nil {
+			l.Error(err)
+		}
+	}
+}
+
+func (l *left) remove(node string) {
+	l.Helper()
+	if err := l.c.node(fakeCluster, node).Delete(l.Context(), l.vol.Ref); err != nil {
+		l.Error(err)
+	}
+}
+
+// fence has b cut a off.
+func (l *left) fence() {
+	l.Helper()
+	fencer, _ := backends.As[backends.Fencer](l.c.node(fakeCluster, "b"))
+	_, err := fencer.Fence(l.Context(), backends.FenceRequest{Ref: l.vol.Ref, Volume: l.vol.ID, Node: "a", Token: l.token})
+	if err != nil {
+		l.Error(err)
+	}
+}
+
+// takeOver lets b have the volume for a while. It may find a claim of a, if nobody has cut
+// a off yet.
+func (l *left) takeOver(claimed bool) {
+	l.Helper()
+	att, err := l.c.attach(l.T, "b", l.vol, 12)
+	if other, ok := errors.AsType[*backends.AttachedError](err); ok && claimed && other.Node == "a" && other.Token == l.token {
+		l.fence()
+		att, err = l.c.attach(l.T, "b", l.vol, 12)
+	}
+	if err == nil {
+		err = l.c.node(fakeCluster, "b").Detach(l.Context(), att)
+	}
+	if err != nil {
+		l.Error(err)
+	}
+}
+
+// TestDeleteOfLateClaim: a claim that comes when its host was cut off is in nobody's way. A
+// younger one is.
+func TestDeleteOfLateClaim(t *testing.T) {
+	t.Parallel()
+	for token, late := range map[string]bool{"9": true, "10": true, "11": false} {
+		c, vol, _ := attached(t)
+		l := &left{t, c, vol, 10}
+		l.fence()
+		const client = "192.0.2.77:0/1"
+		c.object(vol).cookie, c.object(vol).locker = "attach 0123456789ab "+token+" "+client+" a", "client.999"
+		c.images["volumes/flocker-"+vol.ID].watchers[client] = true
+		err := c.node(fakeCluster, "b").Delete(t.Context(), vol.Ref)
+		if _, attached := errors.AsType[*backends.AttachedError](err); attached == late || late && err != nil || c.blocklist[client] != late {
+			t.Errorf("token %s: got %v; on the blocklist: %t", token, err, c.blocklist[client])
+		}
+	}
+}
+
+// TestDeleteOfRenamed: what has become of the image is not known, and its client writes.
+func TestDeleteOfRenamed(t *testing.T) {
+	t.Parallel()
+	c, vol, _ := attached(t)
+	delete(c.images, "volumes/flocker-"+vol.ID)
+	if err := c.node(fakeCluster, "b").Delete(t.Context(), vol.Ref); !errors.Is(err, backends.ErrNotFound) || c.object(vol) == nil || c.object(vol).locker == "" {
+		t.Errorf("got %v, want ErrNotFound; the lock is %+v", err, c.object(vol))
+	}
+}
+
+// TestDeleteOfDeleted: a Delete has come no further than to remove the image. The next one
+// removes the rest.
+func TestDeleteOfDeleted(t *testing.T) {
+	t.Parallel()
+	c, vol, att := attached(t)
+	a := c.node(fakeCluster, "a")
+	if err := a.Detach(t.Context(), att); err != nil {
+		t.Fatal(err)
+	}
+	fails := true
+	c.fault = func(_ string, args []string) fault {
+		if fails && slices.Contains(args, "rm") && slices.Contains(args, "flocker-"+vol.ID) {
+			return lost
+		}
+		return heard
+	}
+	if err := c.node(uuid.NewString(), "a").Delete(t.Context(), vol.Ref); !errors.Is(err, backends.ErrNotFound) || c.object(vol) == nil {
+		t.Errorf("another cluster's: got %v, want ErrNotFound; its object is %+v", err, c.object(vol))
+	}
+	for range 2 {
+		if err := a.Delete(t.Context(), vol.Ref); !errors.Is(err, backends.ErrUnavailable) || errors.Is(err, backends.ErrNotFound) || c.object(vol) == nil {
+			t.Errorf("got %v, want that it is not known to be gone", err)
+		}
+	}
+	fails = false
+	if err := a.Delete(t.Context(), vol.Ref); !errors.Is(err, backends.ErrNotFound) || c.object(vol) != nil {
+		t.Errorf("got %v, want ErrNotFound; left behind: %+v", err, c.object(vol))
 	}
 }
 

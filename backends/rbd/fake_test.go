@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -25,6 +26,7 @@ import (
 // print and end with is what those of Ceph 16.2 do. It is strict where Ceph is: a lock is
 // had by one, a client on the blocklist neither writes nor watches.
 type fakeCeph struct {
+	t         backendtest.T
 	dir       string // of the hosts
 	mu        sync.Mutex
 	images    map[string]*fakeImage
@@ -32,39 +34,37 @@ type fakeCeph struct {
 	blocklist map[string]bool
 	briefly   map[string]bool // which of them somebody else has put there, for an hour
 	hosts     map[string]*fakeHost
+	clients   map[string]*fakeDevice // all there were, by address
 	number    int
 	down      bool
 	// fault, if set, says what becomes of a call.
 	fault func(program string, args []string) fault
+	// late is how much later a call is carried out that dawdles; 0 is up to 20 ms.
+	late time.Duration
+	// pace is how long a call takes.
+	pace time.Duration
 	// beforeClaim, if set, is what happens right before a claim reaches its object.
 	beforeClaim func()
 	// before, if set, is called with each call of a program, outside of all locks.
 	before func(program string, args []string)
-	// dies is when the process is killed that maps an image.
-	dies death
 }
 
-// death is when a process is killed.
-type death int
-
-const (
-	never death = iota
-	beforeClaim
-	afterClaim
-)
-
-var errKilled = errors.New("the process was killed")
-
-// fault is what becomes of a call.
+// fault is what becomes of a call: of a program of Ceph, or of what a host does to have a
+// device (start, show) and to have none (unmap).
 type fault int
 
 const (
-	heard     fault = iota
-	lost            // it is not carried out, and not answered
-	unheard         // it is carried out, and not answered
-	dawdles         // it is carried out some time after the caller gave up
-	slow            // it takes its time
-	faultEnds       // how many there are
+	heard       fault = iota
+	lost              // it is not carried out, and not answered
+	unheard           // it is carried out, and not answered
+	half              // it is carried out, and its program dies while it prints the answer
+	refused           // it is not carried out, and the answer says so
+	dawdles           // it is carried out some time after the caller gave up
+	slow              // it takes its time
+	faultEnds         // how many there are that a process survives, and soon
+	silent            // as lost, and the program waits for as long as its caller does
+	killed            // its process is killed before it
+	killedAfter       // its process is killed when it has been carried out
 )
 
 type fakeImage struct {
@@ -97,9 +97,11 @@ type fakeDevice struct {
 	exclusive    bool
 	gone, killed bool
 	begun        bool
+	shown, heard bool // somebody could use it; the cluster has heard its client's end
 }
 
-func newFake() *fakeCeph {
+// newFake returns a cluster. A claim that is removed while its client may write is an error.
+func newFake(t backendtest.T) *fakeCeph {
 	dir, err := os.MkdirTemp("/tmp", "flocker-rbd-unit-")
 	if err != nil {
 		panic(err)
@@ -108,7 +110,8 @@ func newFake() *fakeCeph {
 	defer dirs.Unlock()
 	dirs.all = append(dirs.all, dir)
 	return &fakeCeph{
-		dir: dir, images: map[string]*fakeImage{}, objects: map[string]*fakeObject{}, blocklist: map[string]bool{}, hosts: map[string]*fakeHost{},
+		t: t, dir: dir, images: map[string]*fakeImage{}, objects: map[string]*fakeObject{}, blocklist: map[string]bool{}, hosts: map[string]*fakeHost{},
+		clients: map[string]*fakeDevice{},
 	}
 }
 
@@ -127,44 +130,79 @@ func (c *fakeCeph) node(cluster, node string) backends.Backend {
 		h = &fakeHost{ceph: c, devices: map[string]*fakeDevice{}}
 		c.hosts[cluster+node] = h
 	}
-	b.Pretend(c.exec, h)
+	p := &process{fakeHost: h}
+	b.Pretend(p.exec, p)
 	return b
 }
 
-// exec is a call of a program.
-func (c *fakeCeph) exec(ctx context.Context, program string, args []string) (out, errs string, code int) {
-	if c.before != nil {
-		c.before(program, args)
+// process is that of the plugin on a host. One that was killed does nothing any more.
+type process struct {
+	*fakeHost
+	killed atomic.Bool
+}
+
+// suffers says what becomes of a call, and waits for as long as it takes.
+func (p *process) suffers(ctx context.Context, program string, args []string) fault {
+	c := p.ceph
+	time.Sleep(c.pace)
+	if p.killed.Load() {
+		return lost
 	}
 	c.mu.Lock()
 	f := heard
 	if c.fault != nil {
 		f = c.fault(program, args)
 	}
-	if c.down {
-		f = lost
+	if onHost := program == "show" || program == "unmap"; c.down && !onHost {
+		f = silent
 	}
 	c.mu.Unlock()
 	switch f {
-	case lost:
-		if c.down {
-			<-ctx.Done()
-		}
-		return "", program + ": error: (110) Connection timed out", 110
-	case unheard:
-		_, _, _ = c.do(program, args)
-		return "", program + ": error: (110) Connection timed out", 110
-	case dawdles:
-		time.AfterFunc(rand.N(20*time.Millisecond), func() { _, _, _ = c.do(program, args) })
-		return "", program + ": error: (110) Connection timed out", 110
+	case silent:
+		<-ctx.Done()
+		return lost
 	case slow:
 		time.Sleep(rand.N(5 * time.Millisecond))
+		return heard
+	case killed:
+		p.killed.Store(true)
+		return lost
+	case killedAfter:
+		p.killed.Store(true)
+		return unheard
+	default:
+		return f
+	}
+}
+
+// exec is a call of a program.
+func (p *process) exec(ctx context.Context, program string, args []string) (out, errs string, code int) {
+	c := p.ceph
+	if c.before != nil {
+		c.before(program, args)
+	}
+	switch p.suffers(ctx, program, args) {
+	case heard:
+		if ctx.Err() != nil {
+			return "", "", 1
+		}
+		return c.do(program, args)
+	case refused:
+		return "", program + ": error: (1) Operation not permitted", 1
+	case half:
+		out, _, _ = c.do(program, args)
+		return out[:len(out)/2], "", -1
+	case unheard:
+		_, _, _ = c.do(program, args)
+	case dawdles:
+		late := c.late
+		if late == 0 {
+			late = rand.N(20 * time.Millisecond)
+		}
+		time.AfterFunc(late, func() { _, _, _ = c.do(program, args) })
 	default:
 	}
-	if ctx.Err() != nil {
-		return "", "", 1
-	}
-	return c.do(program, args)
+	return "", program + ": error: (110) Connection timed out", 110
 }
 
 func fails(number syscall.Errno, text string) (string, string, int) {
@@ -328,6 +366,10 @@ func (c *fakeCeph) doRados(args []string) (out, errs string, code int) {
 			_, errs, _ := fails(syscall.ENOENT, "ERROR: failed breaking lock")
 			return "", errs, 1
 		}
+		client := strings.Fields(cookie)[3]
+		if d := c.clients[client]; d != nil && d.shown && !d.heard && !c.blocklist[client] {
+			c.t.Errorf("the claim %q is removed, and its client may write", cookie)
+		}
 		o.cookie, o.locker = "", ""
 		return "", "", 0
 	}
@@ -348,50 +390,85 @@ func (c *fakeCeph) doRados(args []string) (out, errs string, code int) {
 	return out, "", 0
 }
 
-// Map implements rbd.Attacher.
-func (h *fakeHost) Map(ctx context.Context, image rbdmap.Image, label string, allow func(rbdmap.Client) error) (rbdmap.Device, error) {
-	c := h.ceph
-	c.mu.Lock()
-	i := c.images[image.Spec()]
-	if i == nil || c.down {
-		c.mu.Unlock()
-		if i == nil {
-			return rbdmap.Device{}, fmt.Errorf("qemu-storage-daemon: error reading header from %s: %w", image.Name, backends.ErrNotFound)
-		}
-		<-ctx.Done()
-		return rbdmap.Device{}, backends.Classify(backends.ErrUnavailable, ctx.Err())
+// step is something that a process does on its host; well says that all has gone well.
+func (p *process) step(ctx context.Context, what string, do func(well bool)) error {
+	f := p.suffers(ctx, what, nil)
+	switch f {
+	case heard, half:
+		do(f == heard)
+		return nil
+	case unheard:
+		do(false)
+	default:
 	}
-	c.number++
-	d := &fakeDevice{
-		host: h, label: label, path: fmt.Sprint("/dev/fake", c.number), image: i, size: i.size,
-		client: fmt.Sprintf("192.0.2.9:0/%d", c.number),
-	}
-	i.watchers[d.client] = true
-	dies := c.dies
-	c.mu.Unlock()
-	if dies != beforeClaim {
-		if err := allow(rbdmap.Client{Address: d.client}); err != nil {
-			d.close()
-			return rbdmap.Device{}, err
-		}
-	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.devices[label] = d
-	if d.begun = dies != never; d.begun {
-		return rbdmap.Device{}, errKilled
-	}
-	return rbdmap.Device{Label: label, Path: d.path, Method: rbdmap.FUSE}, nil
+	return fmt.Errorf("%s: it was not seen to be done: %w", what, backends.ErrUnavailable)
 }
 
-// close ends the client, and says whether the cluster has heard of it.
-func (d *fakeDevice) close() bool {
+// Map implements rbd.Attacher.
+func (p *process) Map(ctx context.Context, image rbdmap.Image, label string, allow func(rbdmap.Client) error) (rbdmap.Device, error) {
+	d, err := p.start(ctx, image, label)
+	if err == nil {
+		err = allow(rbdmap.Client{Address: d.client})
+	}
+	if err == nil {
+		err = p.step(ctx, "show", func(bool) {
+			p.change(func() { d.begun = false })
+			p.ceph.mu.Lock()
+			defer p.ceph.mu.Unlock()
+			d.shown = true
+		})
+	}
+	if err == nil {
+		return rbdmap.Device{Label: label, Path: d.path, Method: rbdmap.FUSE}, nil
+	}
+	if d != nil && !p.killed.Load() {
+		p.change(func() { delete(p.devices, label) })
+		d.close(true)
+	}
+	return rbdmap.Device{}, err
+}
+
+// start starts a client, which opens the image.
+func (p *process) start(ctx context.Context, image rbdmap.Image, label string) (d *fakeDevice, err error) {
+	c, missing := p.ceph, false
+	err = p.step(ctx, "start", func(bool) {
+		c.mu.Lock()
+		i := c.images[image.Spec()]
+		if missing = i == nil; !missing {
+			c.number++
+			d = &fakeDevice{
+				host: p.fakeHost, label: label, path: fmt.Sprint("/dev/fake", c.number), image: i, size: i.size,
+				client: fmt.Sprintf("192.0.2.9:0/%d", c.number), begun: true,
+			}
+			i.watchers[d.client], c.clients[d.client] = true, d
+		}
+		c.mu.Unlock()
+		if !missing {
+			p.change(func() { p.devices[label] = d })
+		}
+	})
+	if err == nil && missing {
+		err = fmt.Errorf("qemu-storage-daemon: error reading header from %s: %w", image.Name, backends.ErrNotFound)
+	}
+	return d, err
+}
+
+// change changes the host's devices.
+func (h *fakeHost) change(do func()) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	do()
+}
+
+// close ends the client, and says whether the cluster has heard of it, which it can.
+func (d *fakeDevice) close(can bool) bool {
 	c := d.host.ceph
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	d.gone = true
 	delete(d.image.watchers, d.client)
-	return !c.blocklist[d.client] && !c.down && !d.killed
+	d.heard = can && !c.blocklist[d.client] && !c.down && !d.killed
+	return d.heard
 }
 
 // Devices implements rbd.Attacher.
@@ -421,20 +498,21 @@ func (h *fakeHost) Begun() ([]rbdmap.Device, error) {
 }
 
 // Unmap implements rbd.Attacher.
-func (h *fakeHost) Unmap(_ context.Context, label string) (clean bool, err error) {
-	h.mu.Lock()
-	d := h.devices[label]
-	if d == nil {
-		h.mu.Unlock()
-		return false, nil
+func (p *process) Unmap(ctx context.Context, label string) (clean bool, err error) {
+	var d *fakeDevice
+	p.change(func() {
+		if d = p.devices[label]; d != nil && d.open > 0 {
+			err = fmt.Errorf("%s is open or mounted: %w", d.path, backends.ErrInUse)
+		}
+	})
+	if d == nil || err != nil {
+		return false, err
 	}
-	if d.open > 0 {
-		h.mu.Unlock()
-		return false, fmt.Errorf("%s is open or mounted: %w", d.path, backends.ErrInUse)
-	}
-	delete(h.devices, label)
-	h.mu.Unlock()
-	return d.close(), nil
+	err = p.step(ctx, "unmap", func(well bool) {
+		p.change(func() { delete(p.devices, label) })
+		clean = d.close(well)
+	})
+	return clean, err
 }
 
 // Served implements rbd.Attacher.
@@ -548,9 +626,12 @@ func TestContract(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			backendtest.Run(t, backendtest.Config{
-				New: func(backendtest.T) backendtest.Storage {
-					c := newFake()
+				New: func(t backendtest.T) backendtest.Storage {
+					c := newFake(t)
+					s := c.storage()
+					s.Faults = c.faults()
 					if random {
+						s.Faults = nil
 						c.fault = func(string, []string) fault {
 							if rand.N(8) == 0 {
 								return slow
@@ -558,14 +639,47 @@ func TestContract(t *testing.T) {
 							return heard
 						}
 					}
-					return backendtest.Storage{Node: c.node, Open: c.open, Down: func(down bool) {
-						c.mu.Lock()
-						defer c.mu.Unlock()
-						c.down = down
-					}}
+					return s
 				},
 				Size: 2 << 20, Many: 100, Timeout: 20 * time.Second,
 			})
 		})
+	}
+}
+
+func (c *fakeCeph) storage() backendtest.Storage {
+	return backendtest.Storage{Node: c.node, Open: c.open, Down: func(down bool) {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.down = down
+	}}
+}
+
+// faults are what happens to the contract's requests, each of which is a call.
+func (c *fakeCeph) faults() map[string]func(n int) func() bool {
+	return map[string]func(n int) func() bool{
+		"refused": c.nth(refused), "lost": c.nth(lost), "answer lost": c.nth(unheard), "half an answer": c.nth(half),
+	}
+}
+
+// nth makes the next call but n suffer a fault.
+func (c *fakeCeph) nth(f fault) func(n int) func() bool {
+	set := func(fault func(string, []string) fault) {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.fault = fault
+	}
+	return func(n int) func() bool {
+		var calls atomic.Int64
+		set(func(string, []string) fault {
+			if calls.Add(1) == int64(n)+1 {
+				return f
+			}
+			return heard
+		})
+		return func() bool {
+			set(nil)
+			return calls.Load() > int64(n)
+		}
 	}
 }

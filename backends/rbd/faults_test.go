@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/uuid"
@@ -25,7 +26,7 @@ func TestFaults(t *testing.T) {
 		t.Run(fmt.Sprint("seed ", seed), func(t *testing.T) {
 			t.Parallel()
 			random := rand.New(rand.NewPCG(seed, 1))
-			c := newFake()
+			c := newFake(t)
 			cluster, id := uuid.NewString(), uuid.NewString()
 			nodes := []string{"a", "b", "c"}
 			vol, err := c.node(cluster, "a").Create(t.Context(), backends.CreateRequest{ID: id, Name: "db", Cluster: cluster, Size: 1 << 20})
@@ -55,6 +56,48 @@ func TestFaults(t *testing.T) {
 				s.att = s.attach()
 			}
 			t.Logf("%d calls", calls.Load())
+		})
+	}
+}
+
+// TestEveryCallFails: each call of a volume's life fails in each way, or its process is killed.
+// Nothing is left of the volume in the end, unless that comes when it is gone.
+func TestEveryCallFails(t *testing.T) {
+	t.Parallel()
+	type suffered struct {
+		fault
+		late time.Duration
+	}
+	for name, f := range map[string]suffered{
+		"refused":                 {fault: refused},
+		"lost":                    {fault: lost},
+		"no answer":               {fault: silent},
+		"answer lost":             {fault: unheard},
+		"half an answer":          {fault: half},
+		"carried out soon":        {dawdles, 35 * time.Millisecond},
+		"carried out later":       {dawdles, 150 * time.Millisecond},
+		"carried out late":        {dawdles, 350 * time.Millisecond},
+		"carried out much later":  {dawdles, time.Second},
+		"process killed":          {fault: killed},
+		"process killed after it": {fault: killedAfter},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				backendtest.RunCase(t, "every request fails", backendtest.Config{Size: 1 << 20, Timeout: 20 * time.Second, New: func(t backendtest.T) backendtest.Storage {
+					c := newFake(t)
+					c.pace, c.late = 10*time.Millisecond, f.late
+					s := c.storage()
+					s.Faults = map[string]func(n int) func() bool{name: c.nth(f.fault)}
+					t.Cleanup(func() {
+						if c.mu.Lock(); f.late == 0 && len(c.images)+len(c.objects) > 0 {
+							t.Errorf("left behind: %v, %v", c.images, c.objects)
+						}
+						c.mu.Unlock()
+					})
+					return s
+				}})
+			})
 		})
 	}
 }

@@ -312,6 +312,9 @@ func (b *Backend) find(ctx context.Context, r string) (*volume, error) {
 	return v, nil
 }
 
+// errNoImage: there is none, of this cluster or another.
+var errNoImage = fmt.Errorf("it was deleted, or never made: %w", backends.ErrNotFound)
+
 // look returns an image, whoever's it is. One whose Create was not finished has no ID.
 func (b *Backend) look(ctx context.Context, image rbdmap.Image) (*volume, error) {
 	fsid, err := b.ceph.FSID(ctx)
@@ -324,7 +327,7 @@ func (b *Backend) look(ctx context.Context, image rbdmap.Image) (*volume, error)
 	}
 	if err := b.ceph.Ask(ctx, &info, "rbd", "info", image.Spec()); err != nil {
 		if errors.Is(err, backends.ErrNotFound) {
-			return nil, fmt.Errorf("the Ceph cluster has no image %s; it was deleted, or never made: %w", image.Spec(), backends.ErrNotFound)
+			return nil, fmt.Errorf("the Ceph cluster has no image %s; %w", image.Spec(), errNoImage)
 		}
 		return nil, err
 	}
@@ -464,6 +467,9 @@ func (b *Backend) Delete(ctx context.Context, ref string) error {
 
 func (b *Backend) delete(ctx context.Context, ref string) error {
 	v, err := b.find(ctx, ref)
+	if errors.Is(err, errNoImage) {
+		return cmp.Or(b.finishDelete(ctx, ref), err)
+	}
 	if err != nil {
 		return err
 	}
@@ -496,6 +502,19 @@ func (b *Backend) delete(ctx context.Context, ref string) error {
 		}
 	}
 	return b.forget(ctx, v.image)
+}
+
+// finishDelete removes what a Delete has left that has come no further than to remove the image.
+func (b *Backend) finishDelete(ctx context.Context, ref string) error {
+	image, err := b.named(ctx, ref)
+	if err != nil {
+		return err
+	}
+	h, held, err := b.holder(ctx, image)
+	if err != nil || held && !h.deletes { // the image has perhaps another name now, and its client writes
+		return err
+	}
+	return b.forget(ctx, image)
 }
 
 // watched says who has an image open that nobody of Flocker has.
