@@ -32,9 +32,13 @@ import (
 // conn is EC2 as this instance sees it.
 type conn struct {
 	ec2                    calls
+	retryer                retryer
+	batch                  batch
 	region, zone, instance string
 	// refused says that EC2 does not take the credentials, which are read anew then.
-	refused atomic.Bool
+	refused *atomic.Bool
+	// urgent is the same for a fence, which is not to wait for what others of this host call.
+	urgent *conn
 }
 
 // connect finds out who and where this instance is, once as long as EC2 takes its
@@ -60,25 +64,30 @@ func (b *Backend) connect(ctx context.Context) (*conn, error) {
 	if err != nil {
 		return nil, backends.Classify(backends.ErrUnavailable, fmt.Errorf("the AWS settings of this host cannot be read: %w", err))
 	}
-	c = &conn{region: or(b.cfg.Region, cfg.Region), zone: b.cfg.Zone, instance: b.cfg.InstanceID}
+	c = &conn{region: or(b.cfg.Region, cfg.Region), zone: b.cfg.Zone, instance: b.cfg.InstanceID, refused: new(atomic.Bool)}
 	if c.zone == "" || c.instance == "" || c.region == "" {
 		if err := c.askInstance(ctx, cfg); err != nil {
 			return nil, err
 		}
 	}
 	cfg.Region = c.region
+	c.urgent = &conn{region: c.region, zone: c.zone, instance: c.instance, refused: c.refused}
 	limiter := rate.NewLimiter(rate.Limit(b.cfg.CallsPerSecond), int(8*b.cfg.CallsPerSecond))
-	c.ec2 = callsOf(ec2.NewFromConfig(cfg, func(o *ec2.Options) {
-		if b.cfg.Endpoint != "" {
-			o.BaseEndpoint = &b.cfg.Endpoint
-		}
-		o.HTTPClient = &limited{httpClient(b.pace.call), limiter}
-		o.Retryer = retry.NewAdaptiveMode(func(o *retry.AdaptiveModeOptions) {
+	for _, to := range []*conn{c, c.urgent} {
+		urgent := to == c.urgent
+		to.batch.slots = make(chan struct{}, 2)
+		to.retryer = retryer{AdaptiveMode: retry.NewAdaptiveMode(func(o *retry.AdaptiveModeOptions) {
 			o.StandardOptions = append(o.StandardOptions, func(o *retry.StandardOptions) {
-				o.MaxAttempts, o.MaxBackoff, o.RateLimiter = 8, b.pace.Most, ratelimit.None
+				o.MaxAttempts, o.RateLimiter, o.Backoff = mostThrottled, ratelimit.None, b.pace.backoff(urgent)
 			})
-		})
-	}))
+		}), urgent: urgent}
+		to.ec2 = callsOf(ec2.NewFromConfig(cfg, func(o *ec2.Options) {
+			if b.cfg.Endpoint != "" {
+				o.BaseEndpoint = &b.cfg.Endpoint
+			}
+			o.HTTPClient, o.Retryer = &limited{httpClient(b.pace.call), limiter, urgent}, to.retryer
+		}))
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.conn == nil || b.conn.refused.Load() {
@@ -164,10 +173,13 @@ func httpClient(limit time.Duration) aws.HTTPClient {
 type limited struct {
 	aws.HTTPClient
 	limiter *rate.Limiter
+	urgent  bool
 }
 
 func (l *limited) Do(r *http.Request) (*http.Response, error) {
-	if err := l.limiter.Wait(r.Context()); err != nil {
+	if l.urgent {
+		l.limiter.Reserve() // those that come later wait longer
+	} else if err := l.limiter.Wait(r.Context()); err != nil {
 		if r.Context().Err() != nil {
 			return nil, context.Cause(r.Context())
 		}
@@ -176,15 +188,51 @@ func (l *limited) Do(r *http.Request) (*http.Response, error) {
 	return l.HTTPClient.Do(r)
 }
 
+// How often a call is sent that fails, and one that EC2 throttles: its bucket is one for all
+// hosts, and each of a crowd finds it empty many times, although it calls less often then.
+const mostFailed, mostThrottled = 8, 40
+
+// retryer is the SDK's, which calls less often when EC2 throttles, and slowly more often again.
+type retryer struct {
+	*retry.AdaptiveMode
+	urgent, once bool
+}
+
+func (r retryer) GetAttemptToken(ctx context.Context) (func(error) error, error) {
+	if r.urgent {
+		return func(error) error { return nil }, nil
+	}
+	return r.AdaptiveMode.GetAttemptToken(ctx)
+}
+
+func (r retryer) IsErrorRetryable(err error) bool {
+	return r.AdaptiveMode.IsErrorRetryable(err) && (!r.once || throttled(err))
+}
+
+func (r retryer) RetryDelay(attempt int, err error) (time.Duration, error) {
+	if attempt >= mostFailed && !throttled(err) {
+		return 0, err
+	}
+	return r.AdaptiveMode.RetryDelay(attempt, err)
+}
+
 // once is for calls that must not be repeated while an earlier one may still be on
 // its way: only what EC2 has refused for the rate of calls is sent again.
-func (b *Backend) once(o *ec2.Options) {
-	o.Retryer = retry.NewStandard(func(o *retry.StandardOptions) {
-		o.MaxAttempts, o.MaxBackoff, o.RateLimiter = 8, b.pace.Most, ratelimit.None
-		o.Retryables = []retry.IsErrorRetryable{
-			retry.NoRetryCanceledError{}, retry.RetryableErrorCode{Codes: retry.DefaultThrottleErrorCodes},
+func (c *conn) once(o *ec2.Options) {
+	r := c.retryer
+	r.once = true
+	o.Retryer = r
+}
+
+// backoff is how long a call waits before it is sent again. An urgent one takes the first
+// token of the bucket that it gets.
+func (p pace) backoff(urgent bool) retry.BackoffDelayerFunc {
+	return func(attempt int, _ error) (time.Duration, error) {
+		if urgent {
+			attempt = 1
 		}
-	})
+		return poll.Jitter(min(p.First<<min(attempt+1, 20), p.Most)), nil
+	}
 }
 
 // volume is a volume as EC2 shows it.
@@ -312,23 +360,24 @@ const mostValues = 200
 
 // look returns a volume, or nil if EC2 does not show it.
 func (b *Backend) look(ctx context.Context, c *conn, id string) (*volume, error) {
-	b.batch.mu.Lock()
-	l := b.batch.next
+	batch := &c.batch
+	batch.mu.Lock()
+	l := batch.next
 	if l == nil || len(l.ids) == mostValues {
 		bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 		l = &looks{ids: map[string]bool{}, done: make(chan struct{}), cancel: cancel}
-		b.batch.next = l
+		batch.next = l
 		go b.ask(bounded, c, l)
 	}
 	l.ids[id] = true
 	l.waiting++
-	b.batch.mu.Unlock()
+	batch.mu.Unlock()
 	defer func() {
-		b.batch.mu.Lock()
-		defer b.batch.mu.Unlock()
+		batch.mu.Lock()
+		defer batch.mu.Unlock()
 		if l.waiting--; l.waiting == 0 {
-			if b.batch.next == l {
-				b.batch.next = nil
+			if batch.next == l {
+				batch.next = nil
 			}
 			l.cancel()
 		}
@@ -342,26 +391,27 @@ func (b *Backend) look(ctx context.Context, c *conn, id string) (*volume, error)
 }
 
 func (b *Backend) ask(ctx context.Context, c *conn, l *looks) {
+	batch := &c.batch
 	defer close(l.done)
 	if l.err = poll.Sleep(ctx, b.pace.window); l.err != nil {
 		return
 	}
 	select {
-	case b.batch.slots <- struct{}{}:
-		defer func() { <-b.batch.slots }()
+	case batch.slots <- struct{}{}:
+		defer func() { <-batch.slots }()
 	case <-ctx.Done():
 		l.err = backends.Classify(backends.ErrUnavailable, context.Cause(ctx))
 		return
 	}
-	b.batch.mu.Lock()
-	if b.batch.next == l {
-		b.batch.next = nil
+	batch.mu.Lock()
+	if batch.next == l {
+		batch.next = nil
 	}
 	var ids []string
 	for id := range l.ids {
 		ids = append(ids, id)
 	}
-	b.batch.mu.Unlock()
+	batch.mu.Unlock()
 	vols, err := b.list(ctx, c, filter("volume-id", ids...))
 	l.got, l.err = map[string]*volume{}, err
 	for _, v := range vols {
@@ -379,13 +429,15 @@ func code(err error) string {
 
 func is(err error, codes ...string) bool { return err != nil && slices.Contains(codes, code(err)) }
 
+func throttled(err error) bool {
+	_, ok := retry.DefaultThrottleErrorCodes[code(err)]
+	return ok
+}
+
 // unanswered says that a call may have been carried out, or may be yet: EC2 has not
 // said no.
 func unanswered(err error) bool {
-	if err == nil {
-		return false
-	}
-	if _, ok := retry.DefaultThrottleErrorCodes[code(err)]; ok {
+	if err == nil || throttled(err) {
 		return false
 	}
 	resp, ok := errors.AsType[*awshttp.ResponseError](err)

@@ -70,8 +70,6 @@ type Backend struct {
 	kernel kernel
 	pace   pace
 
-	batch batch
-
 	mu    sync.Mutex // never held while anybody is asked
 	conn  *conn
 	lives map[string]known     // by a device's life
@@ -142,7 +140,7 @@ func New(cfg Config, self Self) (*Backend, error) {
 	cfg.LateCalls = cmp.Or(cfg.LateCalls, time.Minute)
 	cfg.CallsPerSecond = cmp.Or(cfg.CallsPerSecond, 10)
 	return &Backend{
-		cfg: cfg, self: self, kernel: kernel{disk.Here()}, pace: usual, asked: -1, batch: batch{slots: make(chan struct{}, 2)},
+		cfg: cfg, self: self, kernel: kernel{disk.Here()}, pace: usual, asked: -1,
 		lives: map[string]known{}, names: map[string]bool{}, stops: map[string]time.Time{},
 	}, nil
 }

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -422,62 +423,150 @@ func TestFenceMayNotStop(t *testing.T) {
 	}
 }
 
+// crowd is hosts of one cluster that attach a hundred volumes at once, and another one
+// which is to be cut off from its volume meanwhile.
+type crowd struct {
+	*cloud
+	hosts     []*ebs.Backend
+	vols      []backends.Volume
+	errs      []error
+	fence     backends.FenceRequest
+	calls     map[string]int // before
+	throttled int
+	attached  atomic.Int32 // how many volumes are
+	meanwhile int32        // how many became so until the fence was done
+}
+
+const crowded = 100
+
+func newCrowd(t *testing.T, hosts int, delay time.Duration) *crowd {
+	t.Helper()
+	c, cluster := &crowd{cloud: newCloud(t, ec2test.Config{Burst: 100, Rate: 10, Delay: delay})}, uuid.NewString()
+	c.SetRate(0)
+	dead := c.backend(cluster, "dead")
+	var work sync.WaitGroup
+	c.vols, c.errs = make([]backends.Volume, crowded+1), make([]error, crowded+1)
+	for i := range c.vols {
+		work.Go(func() {
+			c.vols[i], c.errs[i] = dead.Create(t.Context(), backends.CreateRequest{ID: uuid.NewString(), Name: "v", Cluster: cluster, Size: 1 << 30})
+		})
+	}
+	work.Wait()
+	last := c.vols[crowded]
+	_, err := dead.Attach(t.Context(), backends.AttachRequest{Ref: last.Ref, Volume: last.ID, Token: 1})
+	if err := errors.Join(append(c.errs, err)...); err != nil {
+		t.Fatal(err)
+	}
+	c.fence = backends.FenceRequest{Ref: last.Ref, Volume: last.ID, Node: "dead", Identity: c.instance("dead"), Token: 1}
+	c.cfg = func(cfg *ebs.Config) { cfg.CallsPerSecond = 0 }
+	for i := range hosts {
+		node := fmt.Sprint("node-", i)
+		c.nodesMu.Lock()
+		c.instances[node] = c.AddInstance(zone, 200)
+		c.nodesMu.Unlock()
+		c.hosts = append(c.hosts, c.backend(cluster, node))
+		c.hosts[i].Usual()
+	}
+	c.calls, c.throttled = c.Calls()
+	c.SetRate(10)
+	return c
+}
+
+// attach returns how often each action was called, and how many calls were throttled. The
+// fence is asked for when the first burst of calls is over.
+func (c *crowd) attach(t *testing.T) (calls map[string]int, throttled int) {
+	t.Helper()
+	var work sync.WaitGroup
+	started := time.Now()
+	for i, vol := range c.vols[:crowded] {
+		work.Go(func() {
+			_, c.errs[i] = c.hosts[i%len(c.hosts)].Attach(t.Context(), backends.AttachRequest{Ref: vol.Ref, Volume: vol.ID, Token: 1})
+			c.attached.Add(1)
+		})
+	}
+	work.Go(func() {
+		for made := 0; made < 80 && time.Since(started) < time.Minute; time.Sleep(10 * time.Millisecond) {
+			calls, _ := c.Calls()
+			made = count(calls) - count(c.calls)
+		}
+		before := c.attached.Load()
+		var evidence string
+		evidence, c.errs[crowded] = c.hosts[0].Fence(t.Context(), c.fence)
+		if want := c.fence.Identity + " has let go of "; c.errs[crowded] == nil && !strings.HasPrefix(evidence, want) {
+			t.Errorf("the fence: got %q, want %q", evidence, want)
+		}
+		c.meanwhile = c.attached.Load() - before
+	})
+	work.Wait()
+	if err := errors.Join(c.errs...); err != nil {
+		t.Fatal(err)
+	}
+	calls, throttled = c.Calls()
+	for action, n := range c.calls {
+		calls[action] -= n
+	}
+	throttled -= c.throttled
+	t.Logf("%d attaches at once on %d hosts took %s; of the calls %v %d were throttled; %d were attached during the fence",
+		crowded, len(c.hosts), time.Since(started).Round(time.Second), calls, throttled, c.meanwhile)
+	return calls, throttled
+}
+
+func count(calls map[string]int) (n int) {
+	for _, made := range calls {
+		n += made
+	}
+	return n
+}
+
 // A hundred mounts at once stay within what EC2 grants, and an idle host asks nothing.
 func TestCalls(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes as long as EC2's bucket does")
 	}
 	t.Parallel()
-	c := newCloud(t, ec2test.Config{Burst: 100, Rate: 10, Delay: 5 * time.Millisecond})
-	c.nodesMu.Lock()
-	c.instances["node-a"] = c.AddInstance(zone, 200)
-	c.nodesMu.Unlock()
-	cluster := uuid.NewString()
-	c.cfg = func(cfg *ebs.Config) { cfg.CallsPerSecond = 0 }
-	b := c.backend(cluster, "node-a")
-	b.Usual()
-	vols, errs := make([]backends.Volume, 100), make([]error, 100)
-	c.SetRate(0)
-	var work sync.WaitGroup
-	for i := range vols {
-		var err error
-		req := backends.CreateRequest{ID: uuid.NewString(), Name: "v", Cluster: cluster, Size: 1 << 30}
-		if vols[i], err = unlimited(c, cluster).Create(t.Context(), req); err != nil {
-			t.Fatal(err)
-		}
+	c := newCrowd(t, 1, 5*time.Millisecond)
+	calls, throttled := c.attach(t)
+	if throttled != 0 {
+		t.Errorf("%d calls were throttled", throttled)
 	}
-	c.SetRate(10)
-	started := time.Now()
-	before, throttledBefore := c.Calls()
-	for i, vol := range vols {
-		work.Go(func() {
-			_, errs[i] = b.Attach(t.Context(), backends.AttachRequest{Ref: vol.Ref, Volume: vol.ID, Token: 1})
-		})
+	if n := calls["DescribeVolumes"]; n > 60 {
+		t.Errorf("%d looks for %d attaches", n, crowded)
 	}
-	work.Wait()
-	if err := errors.Join(errs...); err != nil {
-		t.Fatal(err)
+	if c.meanwhile > crowded/3 {
+		t.Errorf("%d volumes were attached before a host was cut off", c.meanwhile)
 	}
-	t.Logf("100 attaches at once took %s", time.Since(started).Round(time.Second))
-	after, throttled := c.Calls()
-	if throttled != throttledBefore {
-		t.Errorf("%d calls were throttled", throttled-throttledBefore)
-	}
-	if n := after["DescribeVolumes"] - before["DescribeVolumes"]; n > 60 {
-		t.Errorf("%d looks for 100 attaches", n)
-	}
+	b := c.hosts[0]
 	if _, err := b.Attachments(t.Context()); err != nil { // a process asks once
 		t.Fatal(err)
 	}
-	after, _ = c.Calls()
+	after, _ := c.Calls()
 	for range 10 {
-		if atts, err := b.Attachments(t.Context()); err != nil || len(atts) != 100 {
+		if atts, err := b.Attachments(t.Context()); err != nil || len(atts) != crowded {
 			t.Fatalf("got %d, %v", len(atts), err)
 		}
 	}
 	idle, _ := c.Calls()
 	if n := idle["DescribeVolumes"] - after["DescribeVolumes"]; n != 0 {
 		t.Errorf("ten looks at what is attached made %d calls", n)
+	}
+}
+
+// EC2's bucket is one for all hosts, none of which knows what the others call. Most of what
+// is throttled are the calls that each has under way when the bucket is empty for the first time.
+func TestClusterCalls(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes as long as EC2's bucket does")
+	}
+	t.Parallel()
+	for hosts, delay := range map[int]time.Duration{10: time.Second, crowded: 5 * time.Millisecond} {
+		t.Run(fmt.Sprint(hosts, " hosts"), func(t *testing.T) {
+			t.Parallel()
+			calls, throttled := newCrowd(t, hosts, delay).attach(t)
+			made := count(calls) - throttled
+			if throttled > made*hosts/10 { // a host slows down to a call in two seconds
+				t.Errorf("%d calls were throttled, and only %d not", throttled, made)
+			}
+		})
 	}
 }
 
@@ -528,13 +617,6 @@ func TestIdle(t *testing.T) {
 	if after, _ := c.Calls(); !maps.Equal(before, after) {
 		t.Errorf("calls went from %v to %v", before, after)
 	}
-}
-
-func unlimited(c *cloud, cluster string) *ebs.Backend {
-	cfg := c.cfg
-	defer func() { c.cfg = cfg }()
-	c.cfg = nil
-	return c.backend(cluster, "node-a")
 }
 
 func TestIdentity(t *testing.T) {

@@ -32,6 +32,7 @@ func (b *Backend) fence(ctx context.Context, req backends.FenceRequest) (string,
 	if err != nil {
 		return "", err
 	}
+	c = c.urgent
 	id, err := c.id(req.Ref)
 	if err != nil {
 		return "", err
@@ -125,7 +126,7 @@ func (b *Backend) stop(ctx context.Context, c *conn, instance string, force bool
 	if force {
 		in.Force = aws.Bool(true)
 	}
-	_, err := c.ec2.StopInstances(ctx, in, b.once)
+	_, err := c.ec2.StopInstances(ctx, in, c.once)
 	if is(err, "IncorrectInstanceState") { // it is stopping, or gone
 		return nil
 	}
@@ -202,7 +203,7 @@ func (b *Backend) pull(ctx context.Context, c *conn, id, instance string, limit 
 		}
 		detaching := on.state == types.VolumeAttachmentStateDetaching || on.state == types.VolumeAttachmentStateBusy
 		if !sent && !detaching {
-			_, err := c.ec2.DetachVolume(ctx, &ec2.DetachVolumeInput{VolumeId: &id, InstanceId: &instance}, b.once)
+			_, err := c.ec2.DetachVolume(ctx, &ec2.DetachVolumeInput{VolumeId: &id, InstanceId: &instance}, c.once)
 			switch {
 			case unanswered(err):
 				// It may be carried out yet, and would hit a newer attachment then: so
