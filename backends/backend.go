@@ -145,7 +145,9 @@ type Backend interface {
 	// ErrUnavailable if it could not be asked.
 	Get(ctx context.Context, ref string) (Volume, error)
 
-	// List returns every volume of this cluster, in no order, never partially.
+	// List returns every volume of this cluster, in no order, never partially. What a Create
+	// has left half made is among them, or nowhere; one that does not say yet whose it is has
+	// no Cluster.
 	List(ctx context.Context) ([]Volume, error)
 
 	// Attach makes the volume a block device on this node. Attached here already

@@ -371,6 +371,34 @@ func TestDeleteOfDeleted(t *testing.T) {
 	}
 }
 
+// TestDeleteOfHalfMade: a Create has come no further than to make the image, and is given up.
+// Until then it is nobody's; whoever finds it by its dataset removes it.
+func TestDeleteOfHalfMade(t *testing.T) {
+	t.Parallel()
+	c := newFake(t)
+	c.fault = func(_ string, args []string) fault {
+		if slices.Contains(args, "image-meta") && slices.Contains(args, "set") {
+			return lost
+		}
+		return heard
+	}
+	a, id := c.node(fakeCluster, "a"), uuid.NewString()
+	_, err := a.Create(t.Context(), backends.CreateRequest{ID: id, Name: "db", Cluster: fakeCluster, Size: 1 << 20})
+	if !errors.Is(err, backends.ErrUnavailable) || len(c.images) != 1 {
+		t.Fatalf("got %v, and images %v", err, c.images)
+	}
+	found, err := a.List(t.Context())
+	if err != nil || len(found) != 1 || found[0].ID != id || found[0].Cluster != "" {
+		t.Fatalf("List: %+v, %v, want what is half made", found, err)
+	}
+	if _, err := a.Get(t.Context(), found[0].Ref); !errors.Is(err, backends.ErrNotFound) {
+		t.Errorf("Get: %v, want ErrNotFound", err)
+	}
+	if err := a.Delete(t.Context(), found[0].Ref); err != nil || len(c.images)+len(c.objects) > 0 {
+		t.Errorf("Delete: %v; left behind: %v, %v", err, c.images, c.objects)
+	}
+}
+
 // TestDeleteOfStaleClaim: a host has died with a claim, and nobody wants the volume any more.
 // Whoever deletes it may wait for less long than its client may come back in.
 func TestDeleteOfStaleClaim(t *testing.T) {

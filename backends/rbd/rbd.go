@@ -298,6 +298,15 @@ func (b *Backend) named(ctx context.Context, r string) (rbdmap.Image, error) {
 
 // find returns the volume of a reference, if it is of this cluster.
 func (b *Backend) find(ctx context.Context, r string) (*volume, error) {
+	v, err := b.findHalf(ctx, r)
+	if err == nil && v.Cluster == "" {
+		return nil, b.notOurs(v.image)
+	}
+	return v, err
+}
+
+// findHalf does so too if it is half made: then it does not say of which cluster it is.
+func (b *Backend) findHalf(ctx context.Context, r string) (*volume, error) {
 	image, err := b.named(ctx, r)
 	if err != nil {
 		return nil, err
@@ -306,10 +315,14 @@ func (b *Backend) find(ctx context.Context, r string) (*volume, error) {
 	if err != nil {
 		return nil, err
 	}
-	if v.Cluster != b.self.Cluster {
-		return nil, fmt.Errorf("the Ceph cluster has no volume %s of this Flocker cluster: %w", image.Spec(), backends.ErrNotFound)
+	if v.Cluster != b.self.Cluster && v.Cluster != "" {
+		return nil, b.notOurs(image)
 	}
 	return v, nil
+}
+
+func (b *Backend) notOurs(image rbdmap.Image) error {
+	return fmt.Errorf("the Ceph cluster has no volume %s of this Flocker cluster: %w", image.Spec(), backends.ErrNotFound)
 }
 
 // errNoImage: there is none, of this cluster or another.
@@ -466,7 +479,7 @@ func (b *Backend) Delete(ctx context.Context, ref string) error {
 }
 
 func (b *Backend) delete(ctx context.Context, ref string) error {
-	v, err := b.find(ctx, ref)
+	v, err := b.findHalf(ctx, ref)
 	if errors.Is(err, errNoImage) {
 		return cmp.Or(b.finishDelete(ctx, ref), err)
 	}
@@ -573,9 +586,9 @@ func (b *Backend) list(ctx context.Context) ([]backends.Volume, error) {
 			return nil, err
 		}
 		for i, listed := range images {
-			if m := metas[i]; m.Cluster == b.self.Cluster {
+			if m := metas[i]; m.Cluster == b.self.Cluster || m.Cluster == "" { // half made, by whomever
 				vols = append(vols, backends.Volume{
-					Ref: ref(fsid, b.image(pool, listed.Image)), ID: m.Dataset, Cluster: m.Cluster, Name: m.Name, Size: listed.Size,
+					Ref: ref(fsid, b.image(pool, listed.Image)), ID: datasetOf(listed.Image), Cluster: m.Cluster, Name: m.Name, Size: listed.Size,
 				})
 			}
 		}
