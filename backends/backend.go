@@ -232,6 +232,15 @@ type Identifier interface {
 	Identity(ctx context.Context) (string, error)
 }
 
+// A Permitted knows what its storage system does not let this node do, so that it is told
+// before it is needed: most of all what a fence calls.
+type Permitted interface {
+	// Forbidden returns the names of those calls, sorted, and asks for nothing that has an
+	// effect. It is called only when somebody looks for what is wrong. What cannot be
+	// known yet is not among them.
+	Forbidden(ctx context.Context) (calls []string, err error)
+}
+
 // The error classes. Compare with errors.Is.
 var (
 	// ErrNotFound: the storage system says there is no such volume.

@@ -165,6 +165,12 @@ func (a *Admin) host(ctx context.Context, _ *http.Request) (any, error) {
 	for _, name := range slices.Sorted(maps.Keys(h.Silent)) {
 		answer.Silent = append(answer.Silent, api.Silent{Backend: name, Error: sentence(h.Silent[name])})
 	}
+	for _, name := range slices.Sorted(maps.Keys(h.Forbidden)) {
+		answer.Permissions = append(answer.Permissions, api.Permissions{Backend: name, Forbidden: h.Forbidden[name]})
+	}
+	for _, name := range slices.Sorted(maps.Keys(h.Unjudged)) {
+		answer.Permissions = append(answer.Permissions, api.Permissions{Backend: name, Error: sentence(h.Unjudged[name])})
+	}
 	for _, e := range a.certificates() {
 		answer.Certificates = append(answer.Certificates, api.Certificate{File: e.File, Expires: e.At})
 	}

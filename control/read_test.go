@@ -176,6 +176,7 @@ func TestHost(t *testing.T) {
 			Mounts:  []driver.HostMount{{Path: "/m/1", Number: "7:1", Volume: "db"}, {Path: "/m/2", Number: "7:2"}},
 			Devices: []driver.HostDevice{{Backend: "san", Path: "/dev/x", ID: "i", Token: 3, Owned: true}}, Unmounted: []string{"www"},
 			Silent: map[string]error{"san": errors.New("no answer"), "ebs": errors.New("no credentials")}, Err: errors.New("no table"),
+			Forbidden: map[string][]string{"ebs": {"ec2:DetachVolume", "ec2:StopInstances"}}, Unjudged: map[string]error{"aws": errors.New("too slow")},
 		},
 		servers: []ownership.Server{{Endpoint: "e1", Version: "3.6.1", Alarms: []string{"NOSPACE"}, Leaderless: true}, {Endpoint: "e2", Err: errors.New("refused")}},
 	}
@@ -183,6 +184,7 @@ func TestHost(t *testing.T) {
 		`"mounts":[{"path":"/m/1","number":"7:1","volume":"db"},{"path":"/m/2","number":"7:2"}],"mount_error":"no table","unmounted":["www"],` +
 		`"devices":[{"backend":"san","path":"/dev/x","id":"i","token":3,"owned":true}],` +
 		`"silent":[{"backend":"ebs","error":"no credentials"},{"backend":"san","error":"no answer"}],` +
+		`"permissions":[{"backend":"ebs","forbidden":["ec2:DetachVolume","ec2:StopInstances"]},{"backend":"aws","error":"too slow"}],` +
 		`"etcd":[{"endpoint":"e1","version":"3.6.1","alarms":["NOSPACE"],"leaderless":true},{"endpoint":"e2","error":"refused"}]}`
 	if status, got, logged := ask(t, f, "GET", "/v1/host", ""); status != 200 || got != want || logged != "" {
 		t.Errorf("got  %d %s %s\nwant 200 %s", status, got, logged, want)

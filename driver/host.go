@@ -9,6 +9,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/flocker-plugin/flocker/backends"
 )
 
 // A Host is what the driver sees of its host from where it runs, for whoever looks
@@ -28,6 +30,10 @@ type Host struct {
 	Unmounted []string
 	// Silent are the backends that did not say what is attached, and why.
 	Silent map[string]error
+	// Forbidden is what the storage does not let the backends do, and Unjudged those that
+	// did not say, and why.
+	Forbidden map[string][]string
+	Unjudged  map[string]error
 	// Err is why the mount table could not be read.
 	Err error
 }
@@ -56,7 +62,7 @@ const lookLimit = 5 * time.Second
 // Host looks at the host. It changes nothing; what is just being mounted or unmounted
 // may seem to belong to nobody.
 func (d *Driver) Host(ctx context.Context) Host {
-	h := Host{MountRoot: d.cfg.MountRoot, Silent: map[string]error{}}
+	h := Host{MountRoot: d.cfg.MountRoot, Silent: map[string]error{}, Forbidden: map[string][]string{}, Unjudged: map[string]error{}}
 	kinds := map[string]bool{d.cfg.DefaultFS: true}
 	for _, vol := range d.recallAll() {
 		kinds[vol.FS] = true
@@ -68,7 +74,10 @@ func (d *Driver) Host(ctx context.Context) Host {
 	if d.cfg.Docker != nil {
 		_, h.Docker = d.cfg.Docker.Using(ctx, ".probe") // no volume has such a name
 	}
+	var asked sync.WaitGroup
+	asked.Go(func() { d.permissions(ctx, h.Forbidden, h.Unjudged) })
 	h.Devices = d.devices(ctx, h.Silent)
+	asked.Wait()
 	h.Mounts, h.Unmounted, h.Err = d.mounts()
 	return h
 }
@@ -100,6 +109,34 @@ func (d *Driver) mounts() (mounts []HostMount, missing []string, err error) {
 	slices.Sort(missing)
 	slices.SortFunc(mounts, func(a, b HostMount) int { return strings.Compare(a.Path, b.Path) })
 	return mounts, missing, nil
+}
+
+// permissions asks those backends that can tell.
+func (d *Driver) permissions(ctx context.Context, forbidden map[string][]string, unjudged map[string]error) {
+	ctx, cancel := context.WithTimeout(ctx, lookLimit)
+	defer cancel()
+	var (
+		asked sync.WaitGroup
+		mu    sync.Mutex
+	)
+	for name, backend := range d.cfg.Backends {
+		permitted, ok := backends.As[backends.Permitted](backend)
+		if !ok {
+			continue
+		}
+		asked.Go(func() {
+			calls, err := permitted.Forbidden(ctx)
+			mu.Lock()
+			defer mu.Unlock()
+			if err != nil {
+				unjudged[name] = err
+			}
+			if len(calls) > 0 {
+				forbidden[name] = calls
+			}
+		})
+	}
+	asked.Wait()
 }
 
 // devices asks all backends at once; those that do not answer are put into silent.

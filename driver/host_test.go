@@ -33,7 +33,7 @@ func TestHost(t *testing.T) {
 			t.Fatal(err)
 		}
 		want := driver.Host{
-			MountRoot: root, Filesystems: []string{"ext4", "xfs"}, Silent: map[string]error{},
+			MountRoot: root, Filesystems: []string{"ext4", "xfs"}, Silent: map[string]error{}, Forbidden: map[string][]string{}, Unjudged: map[string]error{},
 			Mounts:  []driver.HostMount{{Path: filepath.Join(root, db.Definition.ID), Number: "0:1", Volume: "db"}},
 			Devices: []driver.HostDevice{{Backend: "memory", Path: device, ID: db.Definition.ID, Token: db.Status["token"].(int64), Owned: true}},
 		}
@@ -78,5 +78,41 @@ func TestHost(t *testing.T) {
 			t.Fatal(err)
 		}
 		a.unmount("db", "id1")
+	})
+}
+
+// bounded is storage that does not allow everything, or does not say.
+type bounded struct {
+	backends.Backend
+	calls []string
+	err   error
+}
+
+func (b *bounded) Unwrap() backends.Backend { return b.Backend }
+
+func (b *bounded) Forbidden(ctx context.Context) ([]string, error) {
+	if b.err == nil && b.calls == nil {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
+	return b.calls, b.err
+}
+
+func TestPermissions(t *testing.T) {
+	down := errors.New("no answer")
+	inCluster(t, twoNodes, func(cfg *driver.Config) {
+		storage := cfg.Backends["memory"]
+		cfg.Backends = map[string]backends.Backend{
+			"memory": storage, "aws": &bounded{storage, []string{"ec2:StopInstances"}, nil}, "down": &bounded{storage, nil, down},
+			"hung": &bounded{storage, nil, nil}, "all": &bounded{storage, []string{}, nil},
+		}
+	}, func(t *testing.T, c *cluster) {
+		got := c.nodes["a"].Host(t.Context())
+		if want := map[string][]string{"aws": {"ec2:StopInstances"}}; !reflect.DeepEqual(got.Forbidden, want) {
+			t.Errorf("forbidden: got %v, want %v", got.Forbidden, want)
+		}
+		if want := map[string]error{"down": down, "hung": context.DeadlineExceeded}; !reflect.DeepEqual(got.Unjudged, want) {
+			t.Errorf("unjudged: got %v, want %v", got.Unjudged, want)
+		}
 	})
 }

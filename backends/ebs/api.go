@@ -503,7 +503,7 @@ func (c *conn) explain(ctx context.Context, err error, call string) error {
 	}
 	a, known := advice[api.ErrorCode()]
 	switch {
-	case api.ErrorCode() == "UnauthorizedOperation":
+	case api.ErrorCode() == notAllowed:
 		a.class, a.text = backends.ErrUnavailable, "allow ec2:"+call+" to the role or user of this host"
 	case !known:
 		a.class = backends.ErrUnavailable

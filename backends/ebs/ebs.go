@@ -102,6 +102,7 @@ var (
 	_ backends.Backend    = (*Backend)(nil)
 	_ backends.Fencer     = (*Backend)(nil)
 	_ backends.Identifier = (*Backend)(nil)
+	_ backends.Permitted  = (*Backend)(nil)
 
 	regionForm   = regexp.MustCompile(`^[a-z]{2}(-[a-z]+)+-[0-9]+$`)
 	instanceForm = regexp.MustCompile(`^i-[0-9a-f]{8,17}$`)

@@ -22,6 +22,7 @@ func TestJudge(t *testing.T) {
 	}
 	s := ec2test.New(ec2test.Config{Delay: 5 * time.Millisecond, Key: key}, nil)
 	defer s.Close()
+	s.Forbid("TerminateInstances")
 	cmd := exec.CommandContext(t.Context(), "python3", "testdata/judge.py", s.URL, key, s.AddInstance(zone, 27), s.AddInstance(zone, 27))
 	cmd.Env = append(os.Environ(), "AWS_EC2_METADATA_DISABLED=true")
 	out, err := cmd.CombinedOutput()
@@ -40,6 +41,9 @@ elsewhere VolumeInUse
 delete VolumeInUse
 attached [('in-use', '/dev/xvdba')]
 wrong instance InvalidAttachment.NotFound
+dry run DryRunOperation DryRunOperation running
+dry run of nothing InvalidVolume.NotFound
+not allowed UnauthorizedOperation UnauthorizedOperation
 stop running stopping
 detach detaching
 detach again IncorrectState

@@ -345,6 +345,24 @@ func checkStorage(f *facts) (found []finding) {
 			"nothing of it can be mounted here until it does: see to what it names",
 		})
 	}
+	for _, p := range f.host.Permissions {
+		page := "docs/backends of Flocker"
+		if i := slices.IndexFunc(f.backends, func(b api.Backend) bool { return b.Name == p.Backend }); i >= 0 {
+			page = fmt.Sprintf("docs/backends/%s.md", f.backends[i].Type)
+		}
+		if p.Error != "" {
+			found = append(found, finding{
+				fmt.Sprintf("backend %s does not say what it is allowed to do: %s", p.Backend, p.Error),
+				"see to what it names, and type it again",
+			})
+		}
+		for _, call := range p.Forbidden {
+			found = append(found, finding{
+				fmt.Sprintf("backend %s is not allowed to call %s: it will fail when it needs to", p.Backend, call),
+				fmt.Sprintf("allow %s to the role of this host\nsee Permissions in %s", call, page),
+			})
+		}
+	}
 	return found
 }
 

@@ -143,6 +143,15 @@ func TestChecks(t *testing.T) {
 			"storage: backend gold does not say what is attached here: the program rbd is missing | nothing of it can be mounted here until it does: see to what it names",
 		}},
 
+		{"storage that does not allow everything", func(f *facts) {
+			f.backends = append(f.backends, api.Backend{Name: "aws", Type: "ebs"}, api.Backend{Name: "slow", Type: "ebs"})
+			f.host.Permissions = []api.Permissions{{Backend: "aws", Forbidden: []string{"ec2:DetachVolume", "ec2:StopInstances"}}, {Backend: "slow", Error: "EC2 has not answered"}}
+		}, []string{
+			"storage: backend aws is not allowed to call ec2:DetachVolume: it will fail when it needs to | allow ec2:DetachVolume to the role of this host\nsee Permissions in docs/backends/ebs.md",
+			"storage: backend aws is not allowed to call ec2:StopInstances: it will fail when it needs to | allow ec2:StopInstances to the role of this host\nsee Permissions in docs/backends/ebs.md",
+			"storage: backend slow does not say what it is allowed to do: EC2 has not answered | see to what it names, and type it again",
+		}},
+
 		{"a volume that was unmounted", func(f *facts) {
 			f.host.Mounts, f.host.Unmounted, f.mounts = nil, []string{"db"}, f.mounts[:1]
 			f.again = f.host

@@ -132,6 +132,8 @@ type Host struct {
 	// Devices are what its backends have attached; those that did not say are Silent.
 	Devices []Device `json:"devices"`
 	Silent  []Silent `json:"silent,omitempty"`
+	// Permissions are what the storage does not let a backend do.
+	Permissions []Permissions `json:"permissions,omitempty"`
 	// Etcd are the servers it was told of.
 	Etcd []Server `json:"etcd"`
 	// Certificates are those that it uses, and the authorities'.
@@ -162,6 +164,13 @@ type Device struct {
 	ID    string `json:"id"`
 	Token int64  `json:"token"`
 	Owned bool   `json:"owned"`
+}
+
+// Permissions are the calls that a backend's storage does not allow it, or why it did not say.
+type Permissions struct {
+	Backend   string   `json:"backend"`
+	Forbidden []string `json:"forbidden,omitempty"`
+	Error     string   `json:"error,omitempty"`
 }
 
 // Silent is a backend that did not say what is attached.

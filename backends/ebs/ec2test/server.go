@@ -73,6 +73,8 @@ type Server struct {
 	instances map[string]*instance
 	tokens    map[string]created
 	faults    []*Fault
+	forbidden []string
+	heedless  bool
 	calls     map[string]int
 	throttled int
 	bucket    float64
@@ -132,6 +134,20 @@ func (s *Server) AddInstance(zone string, limit int) string {
 	id := fmt.Sprintf("i-%017x", s.number)
 	s.instances[id] = &instance{id: id, zone: zone, state: "running", kind: "m5.large", limit: limit}
 	return id
+}
+
+// Forbid has the policy allow all but these actions.
+func (s *Server) Forbid(actions ...string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.forbidden = actions
+}
+
+// IgnoreDryRun has calls that were only asked about carried out, as other clouds may do.
+func (s *Server) IgnoreDryRun() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.heedless = true
 }
 
 // SetFaults replaces the faults.
@@ -317,7 +333,9 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 		s.mu.Unlock()
 		time.Sleep(fault.Late)
 		s.mu.Lock()
-		answer, bad = s.do(action, params)
+		if bad = s.judge(action, params); bad == nil {
+			answer, bad = s.do(action, params)
+		}
 	}
 	s.mu.Unlock()
 	time.Sleep(fault.Slow)
@@ -349,6 +367,28 @@ func (s *Server) authenticate(r *http.Request) *refusal {
 		return bad
 	}
 	return nil
+}
+
+// judge refuses what the policy does not allow, and whatever was only asked about. What a
+// question names has to be there.
+func (s *Server) judge(action string, p map[string]string) *refusal {
+	if slices.Contains(s.forbidden, action) {
+		return &refusal{"UnauthorizedOperation", "You are not authorized to perform this operation.", http.StatusForbidden}
+	}
+	if p["DryRun"] != "true" || s.heedless {
+		return nil
+	}
+	for _, id := range append(indexed(p, "ResourceId"), p["VolumeId"]) {
+		if _, bad := s.volume(id); id != "" && bad != nil {
+			return bad
+		}
+	}
+	for _, id := range append(indexed(p, "InstanceId"), p["InstanceId"]) {
+		if _, bad := s.instance(id); id != "" && bad != nil {
+			return bad
+		}
+	}
+	return &refusal{"DryRunOperation", "Request would have succeeded, but DryRun flag is set.", http.StatusPreconditionFailed}
 }
 
 // indexed returns the values of Name.1, Name.2 and so on.

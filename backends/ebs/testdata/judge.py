@@ -47,6 +47,10 @@ ec2.get_waiter("volume_in_use").wait(VolumeIds=[vol["VolumeId"]], WaiterConfig={
 got = ec2.describe_volumes(Filters=[{"Name": "attachment.instance-id", "Values": [first]}])["Volumes"]
 print("attached", [(v["State"], v["Attachments"][0]["Device"]) for v in got])
 print("wrong instance", refused(ec2.detach_volume, VolumeId=vol["VolumeId"], InstanceId=second))
+print("dry run", refused(ec2.stop_instances, InstanceIds=[first], DryRun=True), refused(ec2.delete_volume, VolumeId=vol["VolumeId"], DryRun=True),
+      ec2.describe_instances(InstanceIds=[first])["Reservations"][0]["Instances"][0]["State"]["Name"])
+print("dry run of nothing", refused(ec2.delete_volume, VolumeId="vol-00000000000000bad", DryRun=True))
+print("not allowed", refused(ec2.terminate_instances, InstanceIds=[first], DryRun=True), refused(ec2.terminate_instances, InstanceIds=[first]))
 stop = ec2.stop_instances(InstanceIds=[first])["StoppingInstances"][0]
 print("stop", stop["PreviousState"]["Name"], stop["CurrentState"]["Name"])
 ec2.get_waiter("instance_stopped").wait(InstanceIds=[first], WaiterConfig={"Delay": 0})
