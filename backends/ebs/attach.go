@@ -13,6 +13,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/ec2/types"
 
 	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/backends/attach/loop"
 	"github.com/flocker-plugin/flocker/backends/internal/poll"
 )
 
@@ -259,6 +260,9 @@ func (a *attaching) device(ctx context.Context) (backends.Attachment, error) {
 		}
 		if d, ok := pick(devices, a.id, a.is.device); ok {
 			path, err := a.b.kernel.path(d)
+			if err == nil {
+				err = loop.Bounded(ctx, a.b.pace.device, path, func() error { return a.b.kernel.Opens(path) })
+			}
 			if err == nil {
 				att := backends.Attachment{Ref: a.req.Ref, Volume: a.req.Volume, Node: a.b.self.Node, Token: a.req.Token, Device: path}
 				a.b.mu.Lock()

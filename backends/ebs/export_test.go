@@ -17,7 +17,7 @@ func (b *Backend) Fast(sysfs, dev string, claimed func(path string) error, lag t
 		call: usual.call,
 	}
 	usual := kernel{disk.Here()}
-	b.kernel = kernel{disk.Kernel{Sysfs: sysfs, Dev: dev, Claimed: claimed, Node: usual.Node}}
+	b.kernel = kernel{disk.Kernel{Sysfs: sysfs, Dev: dev, Claimed: claimed, Node: usual.Node, Opens: func(string) error { return nil }}}
 	if claimed == nil {
 		b.kernel.Claimed = usual.Claimed
 		return
@@ -41,6 +41,9 @@ func (b *Backend) Usual() { b.pace = usual }
 func (b *Backend) SetNode(number string) {
 	b.kernel.Node = func(string) (string, error) { return number, nil }
 }
+
+// SetOpens is whether a device can be opened.
+func (b *Backend) SetOpens(opens func(path string) error) { b.kernel.Opens = opens }
 
 // Claimed is ErrInUse if a device of this machine is in use.
 var Claimed = disk.Claimed

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -208,6 +209,22 @@ func TestDeviceNeverAppears(t *testing.T) {
 	s.hidden = map[string]bool{}
 	s.mu.Unlock()
 	s.mustAttach(s.a, 11)
+}
+
+// The kernel shows a disk a moment before it can be opened.
+func TestDeviceOpensLate(t *testing.T) {
+	s := newStored(t, ec2test.Config{})
+	var opens atomic.Int32
+	s.a.SetOpens(func(path string) error {
+		if opens.Add(1) < 4 {
+			return &os.PathError{Op: "open", Path: path, Err: syscall.ENXIO}
+		}
+		return nil
+	})
+	s.mustAttach(s.a, 10)
+	if n := opens.Load(); n != 4 {
+		t.Errorf("it was opened %d times, want 4", n)
+	}
 }
 
 func TestDeviceWithWrongSerial(t *testing.T) {

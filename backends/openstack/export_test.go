@@ -47,7 +47,7 @@ func (b *Nova) Shown(limit time.Duration) { b.pace.device = limit }
 
 // Kernel makes a backend look for devices in other folders.
 func (b *Nova) Kernel(sysfs string, claimed func(path string) error) {
-	b.kernel = kernel{disk.Kernel{Sysfs: sysfs, Dev: "/dev", Claimed: claimed}}
+	b.kernel = kernel{disk.Kernel{Sysfs: sysfs, Dev: "/dev", Claimed: claimed, Opens: func(string) error { return nil }}}
 	b.kernel.Node = func(path string) (string, error) { return b.kernel.Attr(path[len("/dev/"):], "dev") }
 }
 
@@ -68,6 +68,9 @@ var PlaceNamed, PlaceNumbered = placeNamed, placeNumbered
 func (b *Nova) SetNode(number string) {
 	b.kernel.Node = func(string) (string, error) { return number, nil }
 }
+
+// SetOpens is whether a device can be opened.
+func (b *Nova) SetOpens(opens func(path string) error) { b.kernel.Opens = opens }
 
 // Guest makes a backend ask others who it is.
 func (b *Nova) Guest(metadata, dmi string, drive func(ctx context.Context) ([]byte, error)) {

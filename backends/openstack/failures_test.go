@@ -12,6 +12,8 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -625,6 +627,22 @@ func TestGrowAttached(t *testing.T) {
 	}
 	if size, err := s.a.Resize(t.Context(), s.vol.Ref, 2<<30); err != nil || size != 2<<30 {
 		t.Errorf("got %d, %v", size, err)
+	}
+}
+
+// The kernel shows a disk a moment before it can be opened.
+func TestDeviceOpensLate(t *testing.T) {
+	s := newStored(t, config{})
+	var opens atomic.Int32
+	s.a.SetOpens(func(path string) error {
+		if opens.Add(1) < 4 {
+			return &os.PathError{Op: "open", Path: path, Err: syscall.ENXIO}
+		}
+		return nil
+	})
+	s.mustAttach(s.a, 10)
+	if n := opens.Load(); n != 4 {
+		t.Errorf("it was opened %d times, want 4", n)
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/flocker-plugin/flocker/backends"
+	"github.com/flocker-plugin/flocker/backends/attach/loop"
 	"github.com/flocker-plugin/flocker/backends/internal/poll"
 )
 
@@ -249,6 +250,9 @@ func (a *attaching) device(ctx context.Context) (backends.Attachment, error) {
 		}
 		if ok {
 			path, err := a.b.kernel.path(d)
+			if err == nil {
+				err = loop.Bounded(ctx, a.b.pace.device, path, func() error { return a.b.kernel.Opens(path) })
+			}
 			if err == nil {
 				att := backends.Attachment{Ref: a.req.Ref, Volume: a.req.Volume, Node: a.b.self.Node, Token: a.req.Token, Device: path}
 				a.finished = true

@@ -24,11 +24,14 @@ type Kernel struct {
 	Claimed func(path string) error
 	// Node returns the number of the device that a path in Dev is, as sysfs writes it.
 	Node func(path string) (string, error)
+	// Opens is an error while a device cannot be opened: a disk is in sysfs and has its node
+	// a moment before the kernel can open it, which is ENXIO until then.
+	Opens func(path string) error
 }
 
 // Here is this host's.
 func Here() Kernel {
-	return Kernel{Sysfs: "/sys", Dev: "/dev", Claimed: Claimed, Node: number}
+	return Kernel{Sysfs: "/sys", Dev: "/dev", Claimed: Claimed, Node: number, Opens: opens}
 }
 
 // Gone says that err is what one sees of a device that has gone meanwhile.
@@ -92,6 +95,14 @@ func number(path string) (string, error) {
 		return "", fmt.Errorf("%s is no block device", path)
 	}
 	return fmt.Sprintf("%d:%d", is.Rdev_major, is.Rdev_minor), nil
+}
+
+func opens(path string) error {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return err
+	}
+	return f.Close()
 }
 
 // Claimed is ErrInUse if a device is mounted, or open exclusively by anybody, or open

@@ -661,8 +661,12 @@ func (k *Kernel) scan(ctx context.Context, s session, lun LUN) (shown, error) {
 			if err != nil {
 				return shown{}, unavailable(err)
 			}
-			_, missing := k.disk.Node(filepath.Join(k.disk.Dev, u.name))
-			if alive && !errors.Is(missing, fs.ErrNotExist) {
+			path := filepath.Join(k.disk.Dev, u.name)
+			_, missing := k.disk.Node(path)
+			if !alive || errors.Is(missing, fs.ErrNotExist) {
+				continue
+			}
+			if closed := loop.Bounded(ctx, k.limits.show, path, func() error { return k.disk.Opens(path) }); !disk.Gone(closed) {
 				return u, nil
 			}
 		}

@@ -88,6 +88,7 @@ func newHost(t *testing.T) *host {
 			}
 			return "8:" + filepath.Base(path)[2:], nil
 		},
+		Opens: func(string) error { return nil },
 	}
 	h.databases, h.conf = []string{h.dir + "/var", h.dir + "/etc"}, h.dir+"/etc/iscsid.conf"
 	h.flags = os.O_RDWR | syscall.O_EXCL // not every file system of a test has O_DIRECT
@@ -384,6 +385,22 @@ func TestKernelUnitMissing(t *testing.T) {
 		return h.wrote(path, text)
 	}
 	h.has(h.connect(someUnit()))
+}
+
+// TestKernelOpensLate: the kernel shows a disk a moment before it can be opened.
+func TestKernelOpensLate(t *testing.T) {
+	h := newHost(t)
+	opens := 0
+	h.disk.Opens = func(path string) error {
+		if opens++; opens < 4 {
+			return &os.PathError{Op: "open", Path: path, Err: syscall.ENXIO}
+		}
+		return nil
+	}
+	h.has(h.connect(someUnit()))
+	if opens != 4 {
+		t.Errorf("it was opened %d times, want 4", opens)
+	}
 }
 
 // TestKernelLeftOver: a disk that can do nothing any more is not taken for the unit's.
