@@ -549,7 +549,7 @@ func TestCalls(t *testing.T) {
 	if n := calls["DescribeVolumes"]; n > 60 {
 		t.Errorf("%d looks for %d attaches", n, crowded)
 	}
-	if c.meanwhile > crowded/3 {
+	if c.meanwhile > crowded*2/3 { // nearly all, if it waits for its turn
 		t.Errorf("%d volumes were attached before a host was cut off", c.meanwhile)
 	}
 	b := c.hosts[0]
